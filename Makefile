@@ -1,0 +1,77 @@
+# Everything a developer does, as one word each; `make` alone lists them. All of it happens in .venv and build/.
+#
+# PYTHON=python3.12      the Python that .venv is made with (3.11 or later)
+# TORCH_INDEX=URL        an extra package index for torch. PyPI's own torch is, on Linux, a CUDA build of several GB;
+#                        TORCH_INDEX=https://download.pytorch.org/whl/cpu gets the CPU build of 200 MB instead.
+
+PYTHON ?= python3
+TORCH_INDEX ?=
+BIN := .venv/bin
+PIP := $(BIN)/pip --disable-pip-version-check
+PIP_INSTALL := $(PIP) install -q $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
+CXX_FILES = $(shell find csrc tests/csrc -name '*.cpp' -o -name '*.h' 2>/dev/null)
+BUILD_INPUTS = setup.py pyproject.toml CMakeLists.txt $(shell find csrc -type f 2>/dev/null)
+SANITIZED := build/csrc-sanitized
+
+.DEFAULT_GOAL := help
+.PHONY: help venv demo test pytest csrc-test bench lint format wheel clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+venv: .venv/.built ## make .venv with the pinned packages and build d3rt into it (editable)
+
+.venv/.installed: requirements.txt requirements-nodeps.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "$(PYTHON) is $$($(PYTHON) -V 2>&1); the pinned packages need 3.11 or later: make PYTHON=python3.12 ..."; exit 1; }
+	@echo "[1/3] making .venv with $$($(PYTHON) -V)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@echo "[2/3] installing requirements.txt (PyTorch is large: some minutes on a first run)"
+	@$(PIP_INSTALL) -r requirements.txt
+	@$(PIP_INSTALL) --no-deps -r requirements-nodeps.txt
+	@touch $@
+
+# Without build isolation: the tools are in .venv already, and CMake then compiles only what changed.
+.venv/.built: .venv/.installed $(BUILD_INPUTS)
+	@echo "[3/3] building d3rt._C"
+	@$(PIP_INSTALL) --no-build-isolation --no-deps -e .
+	@touch $@
+
+demo: venv ## generate with the embedded model, with and without skipping
+	@$(BIN)/d3rt demo
+
+test: pytest csrc-test ## run every test: Python, and C++ under ASan and UBSan
+
+pytest: venv ## run the Python tests
+	$(BIN)/pytest
+
+csrc-test: venv ## run the C++ tests under AddressSanitizer and UBSan
+	@PATH="$(CURDIR)/$(BIN):$$PATH" cmake -S . -B $(SANITIZED) -G Ninja --log-level=WARNING \
+	  -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja -DCMAKE_BUILD_TYPE=Debug -DD3RT_PYTHON=OFF -DD3RT_TESTS=ON \
+	  -DD3RT_WERROR=ON -DD3RT_SANITIZE=address,undefined
+	@$(BIN)/cmake --build $(SANITIZED)
+	UBSAN_OPTIONS=print_stacktrace=1 $(SANITIZED)/d3rt_csrc_tests
+
+bench: venv ## run the benchmarks; results go to out/bench/ as JSON
+	@mkdir -p out/bench
+	$(BIN)/pytest bench/ --benchmark-only --benchmark-json=out/bench/$$(date -u +%Y%m%dT%H%M%SZ).json
+
+lint: .venv/.installed ## check style: ruff and clang-format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(if $(CXX_FILES),$(BIN)/clang-format --dry-run --Werror $(CXX_FILES))
+
+format: .venv/.installed ## rewrite the sources in the style that lint checks
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(if $(CXX_FILES),$(BIN)/clang-format -i $(CXX_FILES))
+
+wheel: .venv/.installed ## build a wheel into dist/ and try it in a clean venv outside the repository
+	@rm -rf dist
+	@$(PIP) wheel -q --no-deps -w dist .
+	@TORCH_INDEX="$(TORCH_INDEX)" PYTHON="$(BIN)/python" tests/check_wheel.sh dist/*.whl
+
+clean: ## remove what was built; .venv stays (remove it by hand)
+	rm -rf build dist out *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks .venv/.built
+	find d3rt -name '*.so' -delete
+	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +

@@ -1,0 +1,270 @@
+// The only file that knows Python: torch tensors become TensorViews (by their attributes, so no torch header
+// and no torch ABI), C++ errors become the exceptions of d3rt/errors.py, and the GIL is released wherever
+// work is done.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <unordered_map>
+
+#include "cpu/isa.h"
+#include "dispatcher.h"
+#include "sampler.h"
+#include "tape.h"
+
+namespace py = pybind11;
+
+namespace d3rt {
+namespace {
+
+DType dtype_of(const py::object& tensor) {
+  const std::string name = py::str(tensor.attr("dtype"));
+  if (name == "torch.float32") return DType::f32;
+  if (name == "torch.bfloat16") return DType::bf16;
+  if (name == "torch.int32") return DType::i32;
+  throw InvalidArgument("a tensor of " + name + ": the cpu kernels take float32, bfloat16 and int32");
+}
+
+TensorView view_of(const py::object& tensor) {
+  if (tensor.is_none()) return {};
+  const std::string device = py::str(tensor.attr("device").attr("type"));
+  if (device != "cpu")
+    throw InvalidArgument("a tensor on '" + device + "': the cpu kernels take tensors on 'cpu'");
+  TensorView view;
+  view.dtype = dtype_of(tensor);
+  const auto sizes = py::tuple(tensor.attr("shape"));
+  const auto strides = py::tuple(tensor.attr("stride")());
+  if (sizes.size() > TensorView::kMaxDims)
+    throw InvalidArgument("a tensor of " + std::to_string(sizes.size()) + " dimensions: at most 4");
+  view.ndim = static_cast<int>(sizes.size());
+  for (size_t i = 0; i < sizes.size(); ++i) {
+    view.sizes[i] = sizes[i].cast<int64_t>();
+    view.strides[i] = strides[i].cast<int64_t>();
+  }
+  view.data = reinterpret_cast<void*>(tensor.attr("data_ptr")().cast<uintptr_t>());
+  return view;
+}
+
+// An arena that also keeps its tensors alive, and remembers their views: asking torch for one costs
+// microseconds.
+class TensorArena : public Arena {
+ public:
+  void add(const py::object& tensor) {
+    const TensorView view = view_of(tensor);
+    if (!view) throw InvalidArgument("arena: an empty tensor has no address to register");
+    Arena::add(view);
+    views_.emplace(tensor.ptr(), view);
+    kept_.push_back(tensor);
+  }
+  TensorView view(const py::object& tensor) const {
+    const auto known = views_.find(tensor.ptr());
+    return known != views_.end() ? known->second : view_of(tensor);
+  }
+
+ private:
+  std::vector<py::object> kept_;
+  std::unordered_map<PyObject*, TensorView> views_;
+};
+
+// A tape whose ops are given as torch tensors.
+class TensorTape : public Tape {
+ public:
+  TensorTape(std::shared_ptr<ThreadPool> pool, std::shared_ptr<TensorArena> arena, const std::string& isa)
+      : Tape(std::move(pool), arena, cpu::kernels_for(isa)), arena_(std::move(arena)) {}
+  TensorView view(const py::object& tensor) const { return arena_->view(tensor); }
+
+ private:
+  std::shared_ptr<TensorArena> arena_;
+};
+
+using T = const py::object&;
+
+void raise(const char* exception, const char* message) {
+  PyErr_SetString(py::module_::import("d3rt.errors").attr(exception).ptr(), message);
+}
+
+void translate(std::exception_ptr error) {
+  try {
+    if (error) std::rethrow_exception(error);
+  } catch (const InvalidArgument& e) {
+    PyErr_SetString(PyExc_ValueError, e.what());
+  } catch (const ForeignBuffer& e) {
+    raise("ForeignBufferError", e.what());
+  } catch (const Hole& e) {
+    raise("HoleError", e.what());
+  } catch (const NotFinite& e) {
+    raise("NotFiniteError", e.what());
+  } catch (const Error& e) {
+    raise("D3rtError", e.what());
+  }
+}
+
+void record_kv_fill(TensorTape& tape, const py::sequence& layers, T x, T cos, T sin, T pos, float eps) {
+  KvFill op;
+  op.x = tape.view(x);
+  op.cos = tape.view(cos);
+  op.sin = tape.view(sin);
+  op.pos = tape.view(pos);
+  op.eps = eps;
+  for (const py::handle& item : layers) {
+    const auto layer = py::reinterpret_borrow<py::tuple>(item);
+    if (layer.size() != 8)
+      throw InvalidArgument("kv_fill: a layer is (k_cache, v_cache, norm, wk, wv, bk, bv, k_norm)");
+    const auto at = [&](size_t i) { return tape.view(py::reinterpret_borrow<py::object>(layer[i])); };
+    op.layers.push_back({at(0), at(1), at(2), at(3), at(4), at(5), at(6), at(7)});
+  }
+  tape.record(op);
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "d3rt's native core: recorded decode steps (Tape) and the loop that replays them (Dispatcher)";
+  py::register_exception_translator(translate);
+
+  m.def("available_isas", &cpu::available_isas, "ISAs this build and this processor have, slowest first.");
+  m.def(
+      "selected_isa", [] { return std::string(cpu::kernels_for().isa); },
+      "The ISA a new Tape takes by default.");
+  m.attr("max_batch") = kMaxBatch;
+  m.def("philox_uniform", &philox_uniform, py::arg("seed"), py::arg("step"), py::arg("slot"));
+
+  py::class_<ThreadPool, std::shared_ptr<ThreadPool>>(m, "ThreadPool")
+      .def(py::init<int>(), py::arg("num_threads"))
+      .def_property_readonly("size", &ThreadPool::size);
+
+  py::class_<TensorArena, std::shared_ptr<TensorArena>>(m, "Arena")
+      .def(py::init<>())
+      .def("add", &TensorArena::add, py::arg("tensor"), "Registers a static buffer and keeps it alive.")
+      .def_property_readonly("scratch_bytes", &TensorArena::scratch_bytes)
+      .def("owns", [](const TensorArena& a, T tensor) { return a.owns(a.view(tensor)); }, py::arg("tensor"));
+
+  py::class_<TensorTape, std::shared_ptr<TensorTape>>(m, "Tape")
+      .def(py::init<std::shared_ptr<ThreadPool>, std::shared_ptr<TensorArena>, const std::string&>(),
+           py::arg("pool"), py::arg("arena"), py::arg("isa") = "")
+      .def("replay", &TensorTape::replay, py::call_guard<py::gil_scoped_release>())
+      .def("__len__", &TensorTape::size)
+      .def_property_readonly("ops",
+                             [](const TensorTape& tape) {
+                               std::vector<std::string> names;
+                               for (size_t i = 0; i < tape.size(); ++i) names.push_back(tape.node(i).op);
+                               return names;
+                             })
+      .def(
+          "embed",
+          [](TensorTape& t, T x, T token, T table) {
+            t.record(Embed{t.view(x), t.view(token), t.view(table)});
+          },
+          py::arg("x"), py::arg("token"), py::arg("table"))
+      .def(
+          "norm_qkv_rope",
+          [](TensorTape& t, T q, T k_cache, T v_cache, T x, T norm, T wq, T wk, T wv, T bq, T bk, T bv,
+             T q_norm, T k_norm, T cos, T sin, T pos, float eps) {
+            t.record(NormQkvRope{t.view(q), t.view(k_cache), t.view(v_cache), t.view(x), t.view(norm),
+                                 t.view(wq), t.view(wk), t.view(wv), t.view(bq), t.view(bk), t.view(bv),
+                                 t.view(q_norm), t.view(k_norm), t.view(cos), t.view(sin), t.view(pos), eps});
+          },
+          py::arg("q"), py::arg("k_cache"), py::arg("v_cache"), py::arg("x"), py::arg("norm"), py::arg("wq"),
+          py::arg("wk"), py::arg("wv"), py::arg("bq"), py::arg("bk"), py::arg("bv"), py::arg("q_norm"),
+          py::arg("k_norm"), py::arg("cos"), py::arg("sin"), py::arg("pos"), py::arg("eps"))
+      .def(
+          "attention",
+          [](TensorTape& t, T out, T q, T k_cache, T v_cache, T pos, float scale, int64_t window) {
+            t.record(Attention{t.view(out), t.view(q), t.view(k_cache), t.view(v_cache), t.view(pos), scale,
+                               window});
+          },
+          py::arg("out"), py::arg("q"), py::arg("k_cache"), py::arg("v_cache"), py::arg("pos"),
+          py::arg("scale"), py::arg("window"))
+      .def(
+          "proj_add",
+          [](TensorTape& t, T x, T a, T w, T bias) {
+            t.record(ProjAdd{t.view(x), t.view(a), t.view(w), t.view(bias)});
+          },
+          py::arg("x"), py::arg("a"), py::arg("w"), py::arg("bias"))
+      .def(
+          "norm_gate_up",
+          [](TensorTape& t, T h, T x, T norm, T w_gate, T w_up, T b_gate, T b_up, float eps) {
+            t.record(NormGateUp{t.view(h), t.view(x), t.view(norm), t.view(w_gate), t.view(w_up),
+                                t.view(b_gate), t.view(b_up), eps});
+          },
+          py::arg("h"), py::arg("x"), py::arg("norm"), py::arg("w_gate"), py::arg("w_up"), py::arg("b_gate"),
+          py::arg("b_up"), py::arg("eps"))
+      .def("kv_fill", record_kv_fill, py::arg("layers"), py::arg("x"), py::arg("cos"), py::arg("sin"),
+           py::arg("pos"), py::arg("eps"))
+      .def(
+          "norm_logits",
+          [](TensorTape& t, T logits, T x, T norm, T w, float eps) {
+            t.record(NormLogits{t.view(logits), t.view(x), t.view(norm), t.view(w), eps});
+          },
+          py::arg("logits"), py::arg("x"), py::arg("norm"), py::arg("w"), py::arg("eps"));
+
+  py::class_<SamplingParams>(m, "SamplingParams")
+      .def(py::init([](bool do_sample, float temperature, int64_t top_k, float top_p, float min_p,
+                       float repetition_penalty, uint64_t seed) {
+             return SamplingParams{do_sample, temperature, top_k, top_p, min_p, repetition_penalty, seed};
+           }),
+           py::kw_only(), py::arg("do_sample"), py::arg("temperature"), py::arg("top_k"), py::arg("top_p"),
+           py::arg("min_p"), py::arg("repetition_penalty"), py::arg("seed"));
+
+  m.def(
+      "sample",
+      [](T logits, const SamplingParams& params, const std::vector<std::vector<int32_t>>& seen,
+         int64_t step) {
+        const TensorView view = view_of(logits);
+        check_view("sample", "logits", view, DType::f32, {-1, -1});
+        Sampler sampler(params, view.size(1), seen, cpu::kernels_for());
+        std::vector<int32_t> tokens;
+        for (int64_t slot = 0; slot < view.size(0); ++slot)
+          tokens.push_back(
+              sampler.sample(view.ptr<float>() + slot * view.size(1), static_cast<int>(slot), step));
+        return tokens;
+      },
+      py::arg("logits"), py::arg("params"), py::arg("seen"), py::arg("step"),
+      "One token for each row of logits [B, V] float32 (changed in place by the repetition penalty).");
+
+  py::class_<Dispatcher>(m, "Dispatcher")
+      .def(py::init([](const TensorArena& arena, T token, T pos, T logits, T filled) {
+             for (T tensor : {token, pos, logits, filled})
+               if (!arena.owns(arena.view(tensor)))
+                 throw ForeignBuffer(
+                     "dispatcher: token, pos, logits and filled must be registered in the arena");
+             return std::make_unique<Dispatcher>(arena.view(token), arena.view(pos), arena.view(logits),
+                                                 arena.view(filled), cpu::kernels_for());
+           }),
+           py::arg("arena"), py::arg("token"), py::arg("pos"), py::arg("logits"), py::arg("filled"),
+           py::keep_alive<1, 2>())
+      .def(
+          "add",
+          [](Dispatcher& d, std::shared_ptr<TensorTape> tape, std::vector<int> reads,
+             std::vector<int> fills) { return d.add(std::move(tape), std::move(reads), std::move(fills)); },
+          py::arg("tape"), py::arg("reads"), py::arg("fills"))
+      .def(
+          "start",
+          [](Dispatcher& d, std::vector<int> programs, std::vector<int32_t> eos_tokens, int32_t pad_token,
+             const SamplingParams& sampling, std::vector<std::vector<int32_t>> seen) {
+            py::gil_scoped_release release;
+            d.start({std::move(programs), std::move(eos_tokens), pad_token, sampling, std::move(seen)});
+          },
+          py::kw_only(), py::arg("programs"), py::arg("eos_tokens"), py::arg("pad_token"),
+          py::arg("sampling"), py::arg("seen"))
+      .def("wait", &Dispatcher::wait, py::arg("seconds"), py::call_guard<py::gil_scoped_release>())
+      .def(
+          "read",
+          [](Dispatcher& d, size_t first_step, double seconds) {
+            bool ended = false;
+            std::vector<int32_t> tokens;
+            {
+              py::gil_scoped_release release;
+              tokens = d.read(first_step, seconds, &ended);
+            }
+            return py::make_tuple(tokens, ended);
+          },
+          py::arg("first_step"), py::arg("seconds"))
+      .def("cancel", &Dispatcher::cancel, py::call_guard<py::gil_scoped_release>())
+      .def("begin", &Dispatcher::begin)
+      .def("step", &Dispatcher::step, py::arg("program"), py::call_guard<py::gil_scoped_release>())
+      .def("commit", &Dispatcher::commit, py::arg("tokens"), py::arg("finished"))
+      .def_property_readonly("step_seconds", &Dispatcher::step_seconds)
+      .def_property_readonly("batch", &Dispatcher::batch);
+}
+
+}  // namespace d3rt

@@ -1,0 +1,25 @@
+// embed: x[b] = table[token[b]], widened to float32.
+#pragma once
+
+#include "gemv.h"
+
+namespace d3rt::cpu::D3RT_ISA {
+
+template <class W>
+D3RT_INLINE void embed_typed(const EmbedArgs& a, Range columns) {
+  for (int b = 0; b < a.B; ++b) {
+    const W* row = static_cast<const W*>(a.table) + a.token[b] * a.stride;
+    float* x = a.x + static_cast<int64_t>(b) * a.D;
+    for (int64_t i = columns.begin; i < columns.end; ++i) x[i] = to_float(row[i]);
+  }
+}
+
+static void embed(const EmbedArgs& a, float*, int, int thread, int num_threads) {
+  const Range columns = share(a.D, thread, num_threads);
+  if (a.store == Store::f32)
+    embed_typed<float>(a, columns);
+  else
+    embed_typed<bf16>(a, columns);
+}
+
+}  // namespace d3rt::cpu::D3RT_ISA

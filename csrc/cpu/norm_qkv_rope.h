@@ -1,0 +1,47 @@
+// norm_qkv_rope: RMSNorm + Q,K,V projection (+ bias, + q/k norm) + RoPE, K,V written at pos. The fused
+// kernel. Phase 0 streams the three weight matrices as one range of rows, so that threads share them evenly
+// whatever the number of heads; phase 1 finishes whole heads. Scratch: [B, rows] projections, then [threads,
+// B, D] normed x.
+#pragma once
+
+#include "rope.h"
+
+namespace d3rt::cpu::D3RT_ISA {
+
+static void norm_qkv_rope(const NormQkvRopeArgs& a, float* scratch, int phase, int thread, int num_threads) {
+  const int64_t rows = static_cast<int64_t>(a.H + 2 * a.G) * a.d;
+  float* projected = scratch;
+  if (phase == 0) {
+    float* normed = scratch + a.B * rows + static_cast<int64_t>(thread) * a.B * a.D;
+    for (int b = 0; b < a.B; ++b) rms_norm(normed + b * a.D, a.x + b * a.D, a.norm, a.eps, a.D);
+    const Range mine = share(rows, thread, num_threads);
+    int64_t offset = 0;
+    for (const Matrix& w : a.w) {
+      float* out = projected + offset;
+      rows_dot(w, normed, a.D, a.B, clip(mine, offset, w.rows), [&](int slot, int64_t row, float value) {
+        out[slot * rows + row] = w.bias ? value + w.bias[row] : value;
+      });
+      offset += w.rows;
+    }
+    return;
+  }
+  const int heads = a.H + 2 * a.G;
+  const Range mine = share(static_cast<int64_t>(a.B) * heads, thread, num_threads);
+  for (int64_t unit = mine.begin; unit < mine.end; ++unit) {
+    const int slot = static_cast<int>(unit / heads), head = static_cast<int>(unit % heads);
+    float* values = projected + slot * rows + static_cast<int64_t>(head) * a.d;
+    const int64_t pos = a.rope.pos[slot];
+    if (head < a.H) {
+      norm_and_rotate(values, a.q_norm, a.rope, slot, a.d, a.eps);
+      float* q = a.q + (static_cast<int64_t>(slot) * a.H + head) * a.d;
+      for (int i = 0; i < a.d; ++i) q[i] = values[i];
+    } else if (head < a.H + a.G) {
+      norm_and_rotate(values, a.k_norm, a.rope, slot, a.d, a.eps);
+      write_cache(a.cache, a.cache.k, slot, head - a.H, pos, values, a.d);
+    } else {
+      write_cache(a.cache, a.cache.v, slot, head - a.H - a.G, pos, values, a.d);
+    }
+  }
+}
+
+}  // namespace d3rt::cpu::D3RT_ISA

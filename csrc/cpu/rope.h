@@ -1,0 +1,38 @@
+// What norm_qkv_rope and kv_fill share once a head is projected: its norm, its rotation, and its place in the
+// cache.
+#pragma once
+
+#include "gemv.h"
+
+namespace d3rt::cpu::D3RT_ISA {
+
+// In place: optional RMSNorm over the head (Qwen3), then the rotation by the slot's position.
+// RoPE (Su et al. 2021, arXiv 2104.09864) in HF's half-split layout: pair (j, j + d/2) turns by pos *
+// inv_freq[j].
+D3RT_INLINE void norm_and_rotate(float* head, const float* head_norm, const Rope& rope, int slot, int d,
+                                 float eps) {
+  if (head_norm) rms_norm(head, head, head_norm, eps, d);
+  const int half = d / 2;
+  const float* cos = rope.cos + static_cast<int64_t>(rope.pos[slot]) * half;
+  const float* sin = rope.sin + static_cast<int64_t>(rope.pos[slot]) * half;
+  for (int j = 0; j < half; ++j) {
+    const float a = head[j], b = head[j + half];
+    head[j] = a * cos[j] - b * sin[j];
+    head[j + half] = b * cos[j] + a * sin[j];
+  }
+}
+
+// Writes one head of K or V (data) at (slot, head, pos).
+D3RT_INLINE void write_cache(const Cache& cache, void* data, int slot, int head, int64_t pos,
+                             const float* values, int d) {
+  const int64_t at = slot * cache.slot_stride + head * cache.head_stride + pos * cache.pos_stride;
+  if (cache.store == Store::f32) {
+    float* out = static_cast<float*>(data) + at;
+    for (int i = 0; i < d; ++i) from_float(values[i], out + i);
+  } else {
+    bf16* out = static_cast<bf16*>(data) + at;
+    for (int i = 0; i < d; ++i) from_float(values[i], out + i);
+  }
+}
+
+}  // namespace d3rt::cpu::D3RT_ISA

@@ -1,0 +1,216 @@
+// Vec: the few float32 SIMD operations the kernels are written in, once per ISA.
+// D3RT_ISA_<name> chooses; everything sits in that ISA's own namespace and is static, so nothing leaks
+// between ISAs. A new ISA is one more block here and one more object library in CMakeLists.txt.
+#pragma once
+
+#include "args.h"
+
+#if defined(D3RT_ISA_avx2) || defined(D3RT_ISA_avx512)
+#include <immintrin.h>
+#elif defined(D3RT_ISA_neon)
+#include <arm_neon.h>
+#endif
+
+// The kernels call libm only in the scalar build; declared here because <cmath> brings inline std::
+// overloads.
+extern "C" {
+float expf(float);
+float sqrtf(float);
+}
+
+#define D3RT_INLINE static inline __attribute__((always_inline))
+
+namespace d3rt::cpu::D3RT_ISA {
+
+D3RT_INLINE float to_float(float value) { return value; }
+D3RT_INLINE float to_float(bf16 value) {
+  union {
+    uint32_t bits;
+    float value;
+  } u = {static_cast<uint32_t>(value.bits) << 16};
+  return u.value;
+}
+D3RT_INLINE void from_float(float value, float* out) { *out = value; }
+D3RT_INLINE void from_float(float value, bf16* out) {  // round to nearest even, as torch does; NaN stays NaN
+  union {
+    float value;
+    uint32_t bits;
+  } u = {value};
+  if (value != value)
+    out->bits = 0x7fc0;
+  else
+    out->bits = static_cast<uint16_t>((u.bits + 0x7fff + ((u.bits >> 16) & 1)) >> 16);
+}
+
+#if defined(D3RT_ISA_avx512)
+
+struct Vec {
+  static constexpr int kLanes = 16;
+  __m512 v;
+};
+D3RT_INLINE Vec set1(float value) { return {_mm512_set1_ps(value)}; }
+D3RT_INLINE Vec load(const float* p) { return {_mm512_loadu_ps(p)}; }
+D3RT_INLINE Vec load(const bf16* p) {
+  const __m256i raw = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(raw), 16))};
+}
+D3RT_INLINE __mmask16 first(int n) { return static_cast<__mmask16>((1u << n) - 1); }
+D3RT_INLINE Vec load_partial(const float* p, int n) { return {_mm512_maskz_loadu_ps(first(n), p)}; }
+D3RT_INLINE Vec load_partial(const bf16* p, int n) {
+  const __m256i raw = _mm256_maskz_loadu_epi16(first(n), p);
+  return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(raw), 16))};
+}
+D3RT_INLINE void store(float* p, Vec a) { _mm512_storeu_ps(p, a.v); }
+D3RT_INLINE void store_partial(float* p, Vec a, int n) { _mm512_mask_storeu_ps(p, first(n), a.v); }
+D3RT_INLINE Vec add(Vec a, Vec b) { return {_mm512_add_ps(a.v, b.v)}; }
+D3RT_INLINE Vec mul(Vec a, Vec b) { return {_mm512_mul_ps(a.v, b.v)}; }
+D3RT_INLINE Vec div(Vec a, Vec b) { return {_mm512_div_ps(a.v, b.v)}; }
+D3RT_INLINE Vec max(Vec a, Vec b) { return {_mm512_max_ps(a.v, b.v)}; }
+D3RT_INLINE Vec min(Vec a, Vec b) { return {_mm512_min_ps(a.v, b.v)}; }
+D3RT_INLINE Vec fma(Vec a, Vec b, Vec c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
+D3RT_INLINE float sum(Vec a) { return _mm512_reduce_add_ps(a.v); }
+D3RT_INLINE Vec round_nearest(Vec a) { return {_mm512_roundscale_ps(a.v, 0)}; }
+D3RT_INLINE Vec scale_by_power_of_two(Vec a, Vec n) { return {_mm512_scalef_ps(a.v, n.v)}; }
+D3RT_INLINE bool any_nan_or_equal(Vec a, Vec b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_EQ_UQ) != 0; }
+
+#elif defined(D3RT_ISA_avx2)
+
+struct Vec {
+  static constexpr int kLanes = 8;
+  __m256 v;
+};
+D3RT_INLINE Vec set1(float value) { return {_mm256_set1_ps(value)}; }
+D3RT_INLINE Vec load(const float* p) { return {_mm256_loadu_ps(p)}; }
+D3RT_INLINE Vec widen(__m128i raw) {
+  return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(raw), 16))};
+}
+D3RT_INLINE Vec load(const bf16* p) { return widen(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
+D3RT_INLINE __m256i first(int n) {
+  return _mm256_cmpgt_epi32(_mm256_set1_epi32(n), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+}
+D3RT_INLINE Vec load_partial(const float* p, int n) { return {_mm256_maskload_ps(p, first(n))}; }
+D3RT_INLINE Vec load_partial(const bf16* p, int n) {
+  alignas(16) uint16_t lanes[8] = {};
+  for (int i = 0; i < n; ++i) lanes[i] = p[i].bits;
+  return widen(_mm_load_si128(reinterpret_cast<const __m128i*>(lanes)));
+}
+D3RT_INLINE void store(float* p, Vec a) { _mm256_storeu_ps(p, a.v); }
+D3RT_INLINE void store_partial(float* p, Vec a, int n) { _mm256_maskstore_ps(p, first(n), a.v); }
+D3RT_INLINE Vec add(Vec a, Vec b) { return {_mm256_add_ps(a.v, b.v)}; }
+D3RT_INLINE Vec mul(Vec a, Vec b) { return {_mm256_mul_ps(a.v, b.v)}; }
+D3RT_INLINE Vec div(Vec a, Vec b) { return {_mm256_div_ps(a.v, b.v)}; }
+D3RT_INLINE Vec max(Vec a, Vec b) { return {_mm256_max_ps(a.v, b.v)}; }
+D3RT_INLINE Vec min(Vec a, Vec b) { return {_mm256_min_ps(a.v, b.v)}; }
+D3RT_INLINE Vec fma(Vec a, Vec b, Vec c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
+D3RT_INLINE float sum(Vec a) {
+  __m128 half = _mm_add_ps(_mm256_castps256_ps128(a.v), _mm256_extractf128_ps(a.v, 1));
+  half = _mm_add_ps(half, _mm_movehl_ps(half, half));
+  return _mm_cvtss_f32(_mm_add_ss(half, _mm_movehdup_ps(half)));
+}
+D3RT_INLINE Vec round_nearest(Vec a) {
+  return {_mm256_round_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
+}
+D3RT_INLINE Vec scale_by_power_of_two(Vec a, Vec n) {
+  const __m256i exponent = _mm256_add_epi32(_mm256_cvtps_epi32(n.v), _mm256_set1_epi32(127));
+  return {_mm256_mul_ps(a.v, _mm256_castsi256_ps(_mm256_slli_epi32(exponent, 23)))};
+}
+D3RT_INLINE bool any_nan_or_equal(Vec a, Vec b) {
+  return _mm256_movemask_ps(_mm256_cmp_ps(a.v, b.v, _CMP_EQ_UQ)) != 0;
+}
+
+#elif defined(D3RT_ISA_neon)
+
+struct Vec {
+  static constexpr int kLanes = 4;
+  float32x4_t v;
+};
+D3RT_INLINE Vec set1(float value) { return {vdupq_n_f32(value)}; }
+D3RT_INLINE Vec load(const float* p) { return {vld1q_f32(p)}; }
+D3RT_INLINE Vec load(const bf16* p) {
+  return {vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(reinterpret_cast<const uint16_t*>(p)), 16))};
+}
+template <class T>
+D3RT_INLINE Vec load_partial(const T* p, int n) {
+  float lanes[4] = {};
+  for (int i = 0; i < n; ++i) lanes[i] = to_float(p[i]);
+  return {vld1q_f32(lanes)};
+}
+D3RT_INLINE void store(float* p, Vec a) { vst1q_f32(p, a.v); }
+D3RT_INLINE void store_partial(float* p, Vec a, int n) {
+  float lanes[4];
+  vst1q_f32(lanes, a.v);
+  for (int i = 0; i < n; ++i) p[i] = lanes[i];
+}
+D3RT_INLINE Vec add(Vec a, Vec b) { return {vaddq_f32(a.v, b.v)}; }
+D3RT_INLINE Vec mul(Vec a, Vec b) { return {vmulq_f32(a.v, b.v)}; }
+D3RT_INLINE Vec div(Vec a, Vec b) { return {vdivq_f32(a.v, b.v)}; }
+D3RT_INLINE Vec max(Vec a, Vec b) { return {vmaxq_f32(a.v, b.v)}; }
+D3RT_INLINE Vec min(Vec a, Vec b) { return {vminq_f32(a.v, b.v)}; }
+D3RT_INLINE Vec fma(Vec a, Vec b, Vec c) { return {vfmaq_f32(c.v, a.v, b.v)}; }
+D3RT_INLINE float sum(Vec a) { return vaddvq_f32(a.v); }
+D3RT_INLINE Vec round_nearest(Vec a) { return {vrndnq_f32(a.v)}; }
+D3RT_INLINE Vec scale_by_power_of_two(Vec a, Vec n) {
+  const int32x4_t exponent = vaddq_s32(vcvtq_s32_f32(n.v), vdupq_n_s32(127));
+  return {vmulq_f32(a.v, vreinterpretq_f32_s32(vshlq_n_s32(exponent, 23)))};
+}
+D3RT_INLINE bool any_nan_or_equal(Vec a, Vec b) {
+  const uint32x4_t less_or_greater = vorrq_u32(vcltq_f32(a.v, b.v), vcgtq_f32(a.v, b.v));
+  return vminvq_u32(less_or_greater) == 0;
+}
+
+#else  // scalar
+
+struct Vec {
+  static constexpr int kLanes = 1;
+  float v;
+};
+D3RT_INLINE Vec set1(float value) { return {value}; }
+template <class T>
+D3RT_INLINE Vec load(const T* p) {
+  return {to_float(*p)};
+}
+template <class T>
+D3RT_INLINE Vec load_partial(const T* p, int n) {
+  return {n > 0 ? to_float(*p) : 0.0f};
+}
+D3RT_INLINE void store(float* p, Vec a) { *p = a.v; }
+D3RT_INLINE void store_partial(float* p, Vec a, int n) {
+  if (n > 0) *p = a.v;
+}
+D3RT_INLINE Vec add(Vec a, Vec b) { return {a.v + b.v}; }
+D3RT_INLINE Vec mul(Vec a, Vec b) { return {a.v * b.v}; }
+D3RT_INLINE Vec div(Vec a, Vec b) { return {a.v / b.v}; }
+D3RT_INLINE Vec max(Vec a, Vec b) { return {a.v > b.v ? a.v : b.v}; }
+D3RT_INLINE Vec fma(Vec a, Vec b, Vec c) { return {a.v * b.v + c.v}; }
+D3RT_INLINE float sum(Vec a) { return a.v; }
+D3RT_INLINE bool any_nan_or_equal(Vec a, Vec b) { return !(a.v < b.v || a.v > b.v); }
+
+#endif
+
+#if defined(D3RT_ISA_scalar)
+D3RT_INLINE Vec exp(Vec a) { return {expf(a.v)}; }
+#else
+// exp to about 1 ulp of float32: 2^n * p(r), |r| <= ln2/2, with Cephes' expf polynomial (S. Moshier, netlib).
+// Clamped to the finite range: exp(-1000) is 1e-38 rather than 0, exp(1000) is 2e38 rather than inf. NaN
+// stays NaN (x86 max and min return their second operand when one is NaN): a hole that is read by mistake
+// must show.
+D3RT_INLINE Vec exp(Vec a) {
+  a = min(set1(88.0f), max(set1(-87.0f), a));
+  const Vec n = round_nearest(mul(a, set1(1.44269504088896341f)));
+  Vec r = fma(n, set1(-0.693359375f), a);
+  r = fma(n, set1(2.12194440e-4f), r);
+  Vec p = set1(1.9875691500e-4f);
+  p = fma(p, r, set1(1.3981999507e-3f));
+  p = fma(p, r, set1(8.3334519073e-3f));
+  p = fma(p, r, set1(4.1665795894e-2f));
+  p = fma(p, r, set1(1.6666665459e-1f));
+  p = fma(p, r, set1(5.0000001201e-1f));
+  p = fma(p, mul(r, r), add(r, set1(1.0f)));
+  return scale_by_power_of_two(p, n);
+}
+#endif
+
+// x * sigmoid(x)
+D3RT_INLINE Vec silu(Vec x) { return div(x, add(set1(1.0f), exp(mul(x, set1(-1.0f))))); }
+
+}  // namespace d3rt::cpu::D3RT_ISA

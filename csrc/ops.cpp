@@ -1,0 +1,270 @@
+#include "ops.h"
+
+#include <algorithm>
+#include <memory>
+
+namespace d3rt {
+
+void Arena::add(const TensorView& view) {
+  const auto begin = reinterpret_cast<uintptr_t>(view.data);
+  spans_.push_back({begin, begin + static_cast<uintptr_t>(view.span_bytes())});
+}
+
+bool Arena::owns(const TensorView& view) const {
+  const auto begin = reinterpret_cast<uintptr_t>(view.data);
+  const auto end = begin + static_cast<uintptr_t>(view.span_bytes());
+  return std::any_of(spans_.begin(), spans_.end(),
+                     [&](const Span& span) { return span.begin <= begin && end <= span.end; });
+}
+
+void Arena::reserve_scratch(int64_t floats) {
+  if (floats <= scratch_floats_) return;
+  scratch_.reset(new float[static_cast<size_t>(floats)]);  // pages that no op touches cost nothing
+  scratch_floats_ = floats;
+}
+
+namespace {
+
+// Turns the checked views of one op into kernel arguments.
+class Binder {
+ public:
+  Binder(const char* op, const Arena& arena) : op_(op), arena_(arena) {}
+
+  [[noreturn]] void refuse(const std::string& why) const {
+    throw InvalidArgument(std::string(op_) + ": " + why);
+  }
+
+  int64_t batch(const TensorView& x) const {
+    if (!x || x.ndim < 1 || x.size(0) < 1 || x.size(0) > kMaxBatch)
+      refuse("batch of " + (x && x.ndim ? std::to_string(x.size(0)) : "?") +
+             " slots; the kernels take 1 to " + std::to_string(kMaxBatch));
+    return x.size(0);
+  }
+  float* f32(const char* name, const TensorView& view, std::initializer_list<int64_t> sizes) const {
+    check_view(op_, name, view, DType::f32, sizes);
+    return own(name, view).ptr<float>();
+  }
+  const float* optional_f32(const char* name, const TensorView& view,
+                            std::initializer_list<int64_t> sizes) const {
+    return view ? f32(name, view, sizes) : nullptr;
+  }
+  const int32_t* i32(const char* name, const TensorView& view, std::initializer_list<int64_t> sizes) const {
+    check_view(op_, name, view, DType::i32, sizes);
+    return own(name, view).ptr<int32_t>();
+  }
+  cpu::Store store(const char* name, const TensorView& view) const {
+    if (view && view.dtype == DType::f32) return cpu::Store::f32;
+    if (view && view.dtype == DType::bf16) return cpu::Store::bf16;
+    refuse(std::string(name) + " is " + (view ? view.describe() : "missing") +
+           ", but must be float32 or bfloat16");
+  }
+  cpu::Matrix matrix(const char* name, const TensorView& w, int64_t rows, int64_t cols,
+                     const TensorView& bias = {}) const {
+    const cpu::Store kept = store(name, w);
+    check_view(op_, name, w, w.dtype, {rows, cols}, false);
+    return {
+        own(name, w).data, w.size(0), w.size(1), w.strides[0], optional_f32("bias", bias, {w.size(0)}), kept};
+  }
+  cpu::Cache cache(const TensorView& k, const TensorView& v, int64_t B, int64_t G, int64_t S,
+                   int64_t d) const {
+    const cpu::Store kept = store("k_cache", k);
+    check_view(op_, "k_cache", k, k.dtype, {B, G, S, d}, false);
+    check_view(op_, "v_cache", v, k.dtype, {B, G, S, d}, false);
+    if (k.strides != v.strides) refuse("k_cache and v_cache must have the same strides");
+    return {own("k_cache", k).data, own("v_cache", v).data, k.strides[0], k.strides[1], k.strides[2], kept};
+  }
+  cpu::Rope rope(const TensorView& cos, const TensorView& sin, const TensorView& pos, int64_t B,
+                 int64_t d) const {
+    if (d % 2) refuse("head_dim " + std::to_string(d) + " must be even for RoPE");
+    const float* cosines = f32("cos", cos, {-1, d / 2});
+    return {cosines, f32("sin", sin, {cos.size(0), d / 2}), i32("pos", pos, {B})};
+  }
+
+ private:
+  const TensorView& own(const char* name, const TensorView& view) const {
+    if (!arena_.owns(view))
+      throw ForeignBuffer(
+          std::string(op_) + ": " + name + " (" + view.describe() +
+          ") is not one of this runtime's static buffers, so a recorded step cannot read or write it; " +
+          "register it in the arena first");
+    return view;
+  }
+
+  const char* op_;
+  const Arena& arena_;
+};
+
+// A guard: every index[b] must lie in [0, limit).
+std::function<void()> guard_range(const char* op, const char* name, const int32_t* index, int64_t count,
+                                  int64_t limit) {
+  return [=] {
+    for (int64_t b = 0; b < count; ++b) {
+      if (index[b] >= 0 && index[b] < limit) continue;
+      throw InvalidArgument(std::string(op) + ": " + name + "[" + std::to_string(b) + "] is " +
+                            std::to_string(index[b]) + ", but must be in 0.." + std::to_string(limit - 1));
+    }
+  };
+}
+
+template <class Args>
+Node node(const char* op, int phases, int64_t scratch_floats, cpu::Kernel<Args> kernel, const Args& args,
+          std::function<void()> guard = {}) {
+  return {op, phases, scratch_floats,
+          [kernel, args](float* scratch, int phase, int thread, int num_threads) {
+            kernel(args, scratch, phase, thread, num_threads);
+          },
+          std::move(guard)};
+}
+
+}  // namespace
+
+Node bind(const Embed& op, const Arena& arena, const cpu::Kernels& kernels, int) {
+  const Binder to("embed", arena);
+  const int64_t B = to.batch(op.x);
+  cpu::EmbedArgs args{};
+  args.x = to.f32("x", op.x, {B, -1});
+  args.token = to.i32("token", op.token, {B});
+  const cpu::Matrix table = to.matrix("table", op.table, -1, op.x.size(1));
+  args.table = table.data;
+  args.stride = table.stride;
+  args.store = table.store;
+  args.B = static_cast<int>(B);
+  args.D = static_cast<int>(op.x.size(1));
+  return node("embed", 1, 0, kernels.embed, args, guard_range("embed", "token", args.token, B, table.rows));
+}
+
+Node bind(const NormQkvRope& op, const Arena& arena, const cpu::Kernels& kernels, int num_threads) {
+  const Binder to("norm_qkv_rope", arena);
+  const int64_t B = to.batch(op.x);
+  if (!op.q || op.q.ndim != 3 || !op.k_cache || op.k_cache.ndim != 4)
+    to.refuse("q must be [B, H, d] and k_cache [B, G, S, d]");
+  const int64_t H = op.q.size(1), d = op.q.size(2), G = op.k_cache.size(1), S = op.k_cache.size(2);
+  cpu::NormQkvRopeArgs args{};
+  args.x = to.f32("x", op.x, {B, -1});
+  const int64_t D = op.x.size(1);
+  args.q = to.f32("q", op.q, {B, H, d});
+  args.norm = to.f32("norm", op.norm, {D});
+  args.w[0] = to.matrix("wq", op.wq, H * d, D, op.bq);
+  args.w[1] = to.matrix("wk", op.wk, G * d, D, op.bk);
+  args.w[2] = to.matrix("wv", op.wv, G * d, D, op.bv);
+  args.q_norm = to.optional_f32("q_norm", op.q_norm, {d});
+  args.k_norm = to.optional_f32("k_norm", op.k_norm, {d});
+  args.cache = to.cache(op.k_cache, op.v_cache, B, G, S, d);
+  args.rope = to.rope(op.cos, op.sin, op.pos, B, d);
+  args.eps = op.eps;
+  args.B = static_cast<int>(B);
+  args.D = static_cast<int>(D);
+  args.H = static_cast<int>(H);
+  args.G = static_cast<int>(G);
+  args.d = static_cast<int>(d);
+  return node("norm_qkv_rope", 2, B * (H + 2 * G) * d + num_threads * B * D, kernels.norm_qkv_rope, args,
+              guard_range("norm_qkv_rope", "pos", args.rope.pos, B, std::min(S, op.cos.size(0))));
+}
+
+Node bind(const Attention& op, const Arena& arena, const cpu::Kernels& kernels, int) {
+  const Binder to("attention", arena);
+  const int64_t B = to.batch(op.q);
+  if (op.q.ndim != 3 || !op.k_cache || op.k_cache.ndim != 4)
+    to.refuse("q must be [B, H, d] and k_cache [B, G, S, d]");
+  const int64_t H = op.q.size(1), d = op.q.size(2), G = op.k_cache.size(1), S = op.k_cache.size(2);
+  if (G < 1 || H % G)
+    to.refuse(std::to_string(H) + " query heads do not divide over " + std::to_string(G) +
+              " key-value heads");
+  if (op.window < 0) to.refuse("window=" + std::to_string(op.window) + " must not be negative");
+  cpu::AttentionArgs args{};
+  args.out = to.f32("out", op.out, {B, H, d});
+  args.q = to.f32("q", op.q, {B, H, d});
+  args.cache = to.cache(op.k_cache, op.v_cache, B, G, S, d);
+  args.pos = to.i32("pos", op.pos, {B});
+  args.scale = op.scale;
+  args.window = static_cast<int>(std::min(op.window, S));
+  args.B = static_cast<int>(B);
+  args.H = static_cast<int>(H);
+  args.G = static_cast<int>(G);
+  args.d = static_cast<int>(d);
+  args.S = static_cast<int>(S);
+  const int64_t chunks = (S + cpu::kAttentionChunk - 1) / cpu::kAttentionChunk;
+  return node("attention", 2, B * H * chunks * (d + 2), kernels.attention, args,
+              guard_range("attention", "pos", args.pos, B, S));
+}
+
+Node bind(const ProjAdd& op, const Arena& arena, const cpu::Kernels& kernels, int) {
+  const Binder to("proj_add", arena);
+  const int64_t B = to.batch(op.x);
+  cpu::ProjAddArgs args{};
+  args.x = to.f32("x", op.x, {B, -1});
+  args.a = to.f32("a", op.a, {B, -1});
+  args.w = to.matrix("w", op.w, op.x.size(1), op.a.size(1), op.bias);
+  args.B = static_cast<int>(B);
+  return node("proj_add", 1, 0, kernels.proj_add, args);
+}
+
+Node bind(const NormGateUp& op, const Arena& arena, const cpu::Kernels& kernels, int num_threads) {
+  const Binder to("norm_gate_up", arena);
+  const int64_t B = to.batch(op.x);
+  cpu::NormGateUpArgs args{};
+  args.x = to.f32("x", op.x, {B, -1});
+  args.h = to.f32("h", op.h, {B, -1});
+  const int64_t D = op.x.size(1), F = op.h.size(1);
+  args.norm = to.f32("norm", op.norm, {D});
+  args.gate = to.matrix("w_gate", op.w_gate, F, D, op.b_gate);
+  args.up = to.matrix("w_up", op.w_up, F, D, op.b_up);
+  args.eps = op.eps;
+  args.B = static_cast<int>(B);
+  args.D = static_cast<int>(D);
+  args.F = static_cast<int>(F);
+  return node("norm_gate_up", 1, num_threads * B * D, kernels.norm_gate_up, args);
+}
+
+Node bind(const KvFill& op, const Arena& arena, const cpu::Kernels& kernels, int num_threads) {
+  const Binder to("kv_fill", arena);
+  const int64_t B = to.batch(op.x);
+  if (op.layers.empty()) to.refuse("no layer to fill");
+  const TensorView& first = op.layers.front().k_cache;
+  if (!first || first.ndim != 4) to.refuse("k_cache must be [B, G, S, d]");
+  const int64_t G = first.size(1), S = first.size(2), d = first.size(3);
+  cpu::KvFillArgs args{};
+  args.x = to.f32("x", op.x, {B, -1});
+  const int64_t D = op.x.size(1);
+  auto layers = std::make_shared<std::vector<cpu::FillLayer>>();
+  for (const KvFill::Layer& layer : op.layers) {
+    cpu::FillLayer fill{};
+    fill.norm = to.f32("norm", layer.norm, {D});
+    fill.w[0] = to.matrix("wk", layer.wk, G * d, D, layer.bk);
+    fill.w[1] = to.matrix("wv", layer.wv, G * d, D, layer.bv);
+    fill.k_norm = to.optional_f32("k_norm", layer.k_norm, {d});
+    fill.cache = to.cache(layer.k_cache, layer.v_cache, B, G, S, d);
+    layers->push_back(fill);
+  }
+  args.layers = layers->data();
+  args.num_layers = static_cast<int>(layers->size());
+  args.rope = to.rope(op.cos, op.sin, op.pos, B, d);
+  args.eps = op.eps;
+  args.B = static_cast<int>(B);
+  args.D = static_cast<int>(D);
+  args.G = static_cast<int>(G);
+  args.d = static_cast<int>(d);
+  Node filled = node("kv_fill", 2, args.num_layers * B * 2 * G * d + num_threads * B * D, kernels.kv_fill,
+                     args, guard_range("kv_fill", "pos", args.rope.pos, B, std::min(S, op.cos.size(0))));
+  filled.run = [layers, run = std::move(filled.run)](float* scratch, int phase, int thread, int num_threads) {
+    run(scratch, phase, thread, num_threads);  // `layers` lives as long as the node
+  };
+  return filled;
+}
+
+Node bind(const NormLogits& op, const Arena& arena, const cpu::Kernels& kernels, int num_threads) {
+  const Binder to("norm_logits", arena);
+  const int64_t B = to.batch(op.x);
+  cpu::NormLogitsArgs args{};
+  args.x = to.f32("x", op.x, {B, -1});
+  const int64_t D = op.x.size(1);
+  args.logits = to.f32("logits", op.logits, {B, -1});
+  args.norm = to.f32("norm", op.norm, {D});
+  args.w = to.matrix("w", op.w, op.logits.size(1), D);
+  args.eps = op.eps;
+  args.B = static_cast<int>(B);
+  args.D = static_cast<int>(D);
+  return node("norm_logits", 1, num_threads * B * D, kernels.norm_logits, args);
+}
+
+}  // namespace d3rt

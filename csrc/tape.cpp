@@ -1,0 +1,30 @@
+#include "tape.h"
+
+namespace d3rt {
+
+Tape::Tape(std::shared_ptr<ThreadPool> pool, std::shared_ptr<Arena> arena, const cpu::Kernels& kernels)
+    : pool_(std::move(pool)), arena_(std::move(arena)), kernels_(kernels) {}
+
+void Tape::append(Node node) {
+  arena_->reserve_scratch(node.scratch_floats);
+  nodes_.push_back(std::move(node));
+}
+
+void Tape::replay() {
+  for (const Node& node : nodes_)
+    if (node.guard) node.guard();
+  pool_->run(
+      [](void* context, int thread, int num_threads) {
+        Tape& tape = *static_cast<Tape*>(context);
+        for (size_t i = 0; i < tape.nodes_.size(); ++i) {
+          const Node& node = tape.nodes_[i];
+          for (int phase = 0; phase < node.phases; ++phase) {
+            if (i > 0 || phase > 0) tape.pool_->barrier();
+            node.run(tape.arena_->scratch(), phase, thread, num_threads);
+          }
+        }
+      },
+      this);
+}
+
+}  // namespace d3rt

@@ -1,0 +1,112 @@
+#include "threads.h"
+
+#include <unistd.h>
+
+#include <chrono>
+
+#include "errors.h"
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+namespace d3rt {
+namespace {
+
+inline void pause_cpu() {
+#if defined(__x86_64__)
+  _mm_pause();
+#elif defined(__aarch64__)
+  asm volatile("yield");
+#endif
+}
+
+// Longer than sampling one token, shorter than anything a person would call busy waiting.
+constexpr auto kSpinTime = std::chrono::microseconds(300);
+// After this many pauses at a barrier, others probably need this core: give it up between looks.
+constexpr int kSpinsBeforeYield = 4000;
+
+}  // namespace
+
+ThreadPool::ThreadPool(int num_threads) : num_threads_(num_threads), owner_pid_(getpid()) {
+  if (num_threads < 1)
+    throw InvalidArgument("threads=" + std::to_string(num_threads) + ": must be at least 1");
+  for (int thread = 1; thread < num_threads; ++thread)
+    workers_.emplace_back([this, thread] { work(thread); });
+}
+
+ThreadPool::~ThreadPool() {
+  if (getpid() != owner_pid_) {  // a forked child has no workers to join, only their handles
+    for (auto& worker : workers_) worker.detach();
+    return;
+  }
+  {
+    std::lock_guard<std::mutex> lock(park_mutex_);
+    stop_.store(true);
+  }
+  wake_.notify_all();
+  for (auto& worker : workers_) worker.join();
+}
+
+void ThreadPool::run(Job job, void* context) {
+  if (num_threads_ == 1) {
+    std::lock_guard<std::mutex> turn(run_mutex_);
+    job(context, 0, 1);
+    return;
+  }
+  if (getpid() != owner_pid_)
+    throw Error(
+        "this runtime was made before fork(): its threads do not exist in the child; compile the model "
+        "again");
+  std::lock_guard<std::mutex> turn(run_mutex_);
+  job_ = job;
+  context_ = context;
+  unfinished_.store(num_threads_ - 1, std::memory_order_relaxed);
+  job_number_.fetch_add(1);  // seq_cst, against parked_: a worker either sees the job or is seen parked
+  if (parked_.load() > 0) {
+    std::lock_guard<std::mutex> lock(park_mutex_);
+    wake_.notify_all();
+  }
+  job(context, 0, num_threads_);
+  for (int spins = 0; unfinished_.load(std::memory_order_acquire) != 0;) {
+    pause_cpu();
+    if (++spins > kSpinsBeforeYield) std::this_thread::yield();
+  }
+}
+
+void ThreadPool::barrier() {
+  if (num_threads_ == 1) return;
+  const uint32_t round = barrier_round_.load(std::memory_order_relaxed);
+  if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == num_threads_) {
+    arrived_.store(0, std::memory_order_relaxed);
+    barrier_round_.store(round + 1, std::memory_order_release);
+    return;
+  }
+  for (int spins = 0; barrier_round_.load(std::memory_order_acquire) == round;) {
+    pause_cpu();
+    if (++spins > kSpinsBeforeYield) std::this_thread::yield();
+  }
+}
+
+void ThreadPool::work(int thread) {
+  uint64_t done = 0;
+  while (true) {
+    const auto spin_until = std::chrono::steady_clock::now() + kSpinTime;
+    int spins = 0;
+    while (job_number_.load(std::memory_order_acquire) == done && !stop_.load(std::memory_order_relaxed)) {
+      pause_cpu();
+      if (++spins % 64 == 0 && std::chrono::steady_clock::now() > spin_until) {
+        std::unique_lock<std::mutex> lock(park_mutex_);
+        parked_.fetch_add(1);
+        wake_.wait(lock, [&] { return job_number_.load() != done || stop_.load(); });
+        parked_.fetch_sub(1);
+      }
+    }
+    if (stop_.load()) return;
+    ++done;
+    job_(context_, thread, num_threads_);
+    unfinished_.fetch_sub(1, std::memory_order_release);
+  }
+}
+
+}  // namespace d3rt

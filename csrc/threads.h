@@ -1,0 +1,50 @@
+// ThreadPool: the persistent workers that replay a tape together, and the barrier between its phases.
+// Workers spin for a short while after each job (the next decode step is microseconds away) and then park, so
+// an idle runtime costs no CPU.
+#pragma once
+
+#include <atomic>
+#include <condition_variable>
+#include <cstdint>
+#include <mutex>
+#include <thread>
+#include <vector>
+
+namespace d3rt {
+
+class ThreadPool {
+ public:
+  using Job = void (*)(void* context, int thread, int num_threads);
+
+  explicit ThreadPool(int num_threads);  // the caller of run() is thread 0, so num_threads - 1 are started
+  ~ThreadPool();
+  ThreadPool(const ThreadPool&) = delete;
+  ThreadPool& operator=(const ThreadPool&) = delete;
+
+  int size() const { return num_threads_; }
+  // Runs job on every thread and returns when all have. One caller at a time; others wait their turn.
+  void run(Job job, void* context);
+  // To be called by every thread of the job: nobody passes before all have arrived.
+  void barrier();
+
+ private:
+  void work(int thread);
+
+  const int num_threads_;
+  const int owner_pid_;
+  std::vector<std::thread> workers_;
+  std::mutex run_mutex_;  // held for a whole run()
+
+  alignas(64) std::atomic<uint64_t> job_number_{0};
+  alignas(64) std::atomic<int> unfinished_{0};
+  alignas(64) std::atomic<int> arrived_{0};
+  alignas(64) std::atomic<uint32_t> barrier_round_{0};
+  Job job_ = nullptr;
+  void* context_ = nullptr;
+  std::atomic<bool> stop_{false};
+  std::mutex park_mutex_;
+  std::condition_variable wake_;
+  std::atomic<int> parked_{0};
+};
+
+}  // namespace d3rt

@@ -1,0 +1,89 @@
+"""d3rt: LLM decoding whose depth changes from token to token, at the speed the skipped work promises.
+
+    fast = d3rt.compile(model, policy=d3rt.D3(alpha=0.999, start=0.5))
+    out = fast.generate(**tokenizer(prompt, return_tensors="pt"), max_new_tokens=256)
+
+Policies and errors need the standard library only; torch is loaded when `compile` or a model is first asked for.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from d3rt.errors import (
+    BackendUnavailableError,
+    D3rtError,
+    HoleError,
+    ModelNotFoundError,
+    PolicyError,
+    UnsupportedModelError,
+    UnsupportedOptionError,
+)
+from d3rt.policies import (
+    D3,
+    FullDepth,
+    LayerSchedule,
+    LayerSet,
+    Policy,
+    Schedule,
+    SkipDecode,
+    StaticLayers,
+    UnifiedSkip,
+    parse,
+)
+
+if TYPE_CHECKING:
+    from d3rt.models.loading import demo_model, load_model
+    from d3rt.result import GenerateOutput, GenerationStats
+    from d3rt.runtime import Runtime, compile
+
+__version__ = "0.1.0"
+
+# Loaded on first use, because they bring torch and transformers with them.
+_LAZY = {
+    "compile": "d3rt.runtime",
+    "Runtime": "d3rt.runtime",
+    "demo_model": "d3rt.models.loading",
+    "load_model": "d3rt.models.loading",
+    "GenerateOutput": "d3rt.result",
+    "GenerationStats": "d3rt.result",
+}
+
+__all__ = [
+    "D3",
+    "BackendUnavailableError",
+    "D3rtError",
+    "FullDepth",
+    "GenerateOutput",
+    "GenerationStats",
+    "HoleError",
+    "LayerSchedule",
+    "LayerSet",
+    "ModelNotFoundError",
+    "Policy",
+    "PolicyError",
+    "Runtime",
+    "Schedule",
+    "SkipDecode",
+    "StaticLayers",
+    "UnifiedSkip",
+    "UnsupportedModelError",
+    "UnsupportedOptionError",
+    "compile",
+    "demo_model",
+    "load_model",
+    "parse",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module 'd3rt' has no attribute {name!r}")
+    value = getattr(import_module(_LAZY[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(set(globals()) | set(_LAZY))

@@ -1,0 +1,49 @@
+"""Backends by name. Each is imported when it is asked for, so that `import d3rt` needs neither Triton nor CUDA."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from d3rt.backends.base import Backend
+from d3rt.errors import BackendUnavailableError
+
+
+def _cpu(threads: int | None) -> Backend:
+    from d3rt.backends.cpu import CpuBackend
+
+    return CpuBackend(threads)
+
+
+def _reference(threads: int | None) -> Backend:
+    from d3rt.backends.reference import ReferenceBackend
+
+    return ReferenceBackend(threads)
+
+
+def _cuda(threads: int | None) -> Backend:
+    raise BackendUnavailableError(
+        "backend 'cuda': this version of d3rt has no CUDA backend yet; available here: cpu, reference."
+    )
+
+
+_MAKERS: dict[str, Callable[[int | None], Backend]] = {"cpu": _cpu, "cuda": _cuda, "reference": _reference}
+
+
+def make_backend(name: str, threads: int | None = None) -> Backend:
+    """The backend called `name`; "auto" takes cpu. BackendUnavailableError says why one cannot be had here."""
+    if name == "auto":
+        name = "cpu"
+    if name not in _MAKERS:
+        raise BackendUnavailableError(f"backend {name!r}: unknown; choose one of auto, {', '.join(_MAKERS)}.")
+    return _MAKERS[name](threads)
+
+
+def availability() -> dict[str, dict[str, str]]:
+    """For each backend what it runs on, or {"unavailable": why}."""
+    report = {}
+    for name in _MAKERS:
+        try:
+            report[name] = make_backend(name).describe()
+        except BackendUnavailableError as error:
+            report[name] = {"unavailable": str(error)}
+    return report

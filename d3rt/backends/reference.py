@@ -1,0 +1,142 @@
+"""The reference backend: every op in plain PyTorch, the loop in plain Python. Slow, obvious, and the definition that
+the other backends are tested against."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from d3rt.errors import NotFiniteError
+from d3rt.kernels import reference
+from d3rt.kv_cache import check_holes, mark_written
+from d3rt.sampling import SamplingParams
+
+
+class ReferenceProgram:
+    """A recorded step that simply runs the step again."""
+
+    def __init__(self, step: Callable[[Any], None]):
+        self._step = step
+
+    def replay(self) -> None:
+        self._step(reference)
+
+
+class ReferenceLoop:
+    """The dispatcher's loop in Python; `read` and `wait` do the work when they are called."""
+
+    def __init__(self, token: Tensor, pos: Tensor, logits: Tensor, filled: Tensor):
+        self._token, self._pos, self._logits, self._filled = token, pos, logits, filled
+        self._programs: list[tuple[Any, Sequence[int], Sequence[int]]] = []
+        self._finished = torch.zeros(len(token), dtype=torch.bool)
+        self._run: dict[str, Any] | None = None
+        self._log: list[int] = []
+        self._step_seconds: list[float] = []
+
+    def add(self, program, reads, fills) -> int:
+        self._programs.append((program, reads, fills))
+        return len(self._programs) - 1
+
+    def begin(self) -> None:
+        self._finished = torch.zeros(len(self._token), dtype=torch.bool)
+
+    def step(self, program: int) -> None:
+        recorded, reads, fills = self._programs[program]
+        check_holes(self._filled, self._pos, reads)
+        recorded.replay()
+        mark_written(self._filled, self._pos, (*reads, *fills), self._finished)
+
+    def commit(self, tokens, finished) -> None:
+        chosen = torch.tensor(tokens, dtype=self._token.dtype)
+        reference.advance(self._token, self._pos, chosen, self._finished)
+        self._finished = torch.tensor(finished, dtype=torch.bool)
+
+    def start(self, *, programs, eos_tokens, pad_token, sampling: SamplingParams, seen) -> None:
+        self.begin()
+        self._log, self._step_seconds = [], []
+        self._run = {
+            "programs": list(programs),
+            "eos": set(eos_tokens),
+            "pad": pad_token,
+            "sampling": sampling,
+        }
+        self._run["seen"] = [set(row) for row in seen]
+
+    def _advance_one_step(self) -> None:
+        run, i = self._run, len(self._step_seconds)
+        begin = time.perf_counter()
+        if i > 0:
+            self.step(run["programs"][i - 1])
+        tokens, finished = [], self._finished.tolist()
+        for slot in range(len(self._token)):
+            if finished[slot]:
+                tokens.append(run["pad"])
+                continue
+            seen = run["seen"][slot] if run["seen"] else set()
+            tokens.append(choose(self._logits[slot], run["sampling"], seen, i, slot))
+            seen.add(tokens[-1])
+            finished[slot] = tokens[-1] in run["eos"]
+        self.commit(tokens, finished)
+        self._log.extend(tokens)
+        self._step_seconds.append(time.perf_counter() - begin)
+        if all(finished) or i == len(run["programs"]):
+            self._run = None
+
+    def read(self, first_step: int, seconds: float) -> tuple[list[int], bool]:
+        at = first_step * len(self._token)
+        if self._run is not None and len(self._log) <= at:
+            self._advance_one_step()
+        return self._log[at:], len(self._log) <= at and self._run is None
+
+    def wait(self, seconds: float) -> bool:
+        until = time.perf_counter() + seconds
+        while self._run is not None and time.perf_counter() < until:
+            self._advance_one_step()
+        return self._run is None
+
+    def cancel(self) -> None:
+        self._run = None
+
+    @property
+    def step_seconds(self) -> list[float]:
+        return self._step_seconds
+
+
+def choose(logits: Tensor, params: SamplingParams, seen: set[int], step: int, slot: int) -> int:
+    """The token of one slot from its logits [V]; NotFiniteError when they are broken."""
+    if logits.isnan().any() or not (logits > -torch.inf).any():
+        raise NotFiniteError(
+            f"the logits of slot {slot} at step {step} hold NaN or no finite value; the model or its "
+            "K,V cache is broken"
+        )
+    scores = reference.penalise(logits, seen, params.repetition_penalty)
+    if not params.do_sample:
+        return int(scores.argmax())
+    scores = reference.warp(scores, params.temperature, params.top_k, params.top_p, params.min_p)
+    return reference.sample(scores, params.seed, step, slot)
+
+
+class ReferenceBackend:
+    """Plain PyTorch on the CPU."""
+
+    name = "reference"
+    scratch_bytes = 0  # torch takes and frees its own
+
+    def __init__(self, threads: int | None = None):
+        self.threads = threads or torch.get_num_threads()
+
+    def own(self, tensors: Sequence[Tensor]) -> None:
+        """Nothing to register: Python keeps its tensors alive."""
+
+    def record(self, step: Callable[[Any], None]) -> ReferenceProgram:
+        return ReferenceProgram(step)
+
+    def loop(self, token, pos, logits, filled) -> ReferenceLoop:
+        return ReferenceLoop(token, pos, logits, filled)
+
+    def describe(self) -> dict[str, str]:
+        return {"runs": "plain PyTorch, for tests", "threads": str(self.threads)}

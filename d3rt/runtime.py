@@ -1,0 +1,519 @@
+"""Runtime: a compiled model. `compile` makes one; `generate` and `stream` answer Hugging Face's call.
+
+It owns the cache, the buffers, the recorded steps and one dispatcher for each batch size, and puts the pieces
+together: arguments (generation.py), prefill and decode step (models/decoder.py), schedule (policies/), execution
+(backends/). One generation at a time; several runtimes, and several threads on one runtime, may live side by side.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import GenerationConfig, PreTrainedTokenizerBase, TextStreamer
+
+from d3rt.backends import make_backend
+from d3rt.errors import D3rtError, UnsupportedModelError, UnsupportedOptionError
+from d3rt.generation import Request, resolve
+from d3rt.kernels import reference
+from d3rt.kv_cache import KVCache
+from d3rt.memory import MemoryReport, prefill_bytes
+from d3rt.models import family_of
+from d3rt.models.decoder import Decoder, StepBuffers, nbytes
+from d3rt.models.loading import load_model
+from d3rt.plan import LayerSet, Plan
+from d3rt.policies import FullDepth, Policy, parse
+from d3rt.result import GenerateOutput, GenerationStats
+
+# A cache longer than this must be asked for: Llama-3's own limit of 131072 would be 17 GB.
+DEFAULT_MAX_SEQ_LEN = 8192
+PREFILL_CHUNK_TOKENS = 512
+MAX_BATCH_SIZE = 16
+KV_FILLS = ("auto", "eager")
+# How long a wait inside C++ lasts before Python may look at signals.
+POLL_SECONDS = 0.05
+
+DTYPES = {"float32": torch.float32, "fp32": torch.float32, "bfloat16": torch.bfloat16, "bf16": torch.bfloat16}
+
+
+def compile(
+    model: nn.Module | str | os.PathLike | None,
+    policy: Policy | str | None = None,
+    backend: str = "auto",
+    dtype: torch.dtype | str | None = None,
+    max_seq_len: int | None = None,
+    batch_size: int = 1,
+    threads: int | None = None,
+    kv_fill: str = "auto",
+    tokenizer: PreTrainedTokenizerBase | None = None,
+) -> Runtime:
+    """Makes a Runtime from a Hugging Face causal LM, which is not changed and keeps working.
+
+    model: the model, or what `d3rt.load_model` takes (a folder, a GGUF file, a hub id, None for the embedded one).
+    policy: which layers each step runs, as a Policy or its text form; None is FullDepth: the same tokens, faster.
+    backend: "auto" (cpu), "cpu", or "reference" (plain PyTorch, for tests).
+    dtype: of weights and K,V cache, float32 or bfloat16; None keeps the model's. Weights that already have it are
+        shared with the model, not copied.
+    max_seq_len: longest sequence, prompt included; None is the model's own limit, at most 8192.
+    batch_size: most rows that one `generate` may have (up to 16).
+    threads: of the cpu backend's decode steps; None is every core. The prefill uses torch's own threads.
+    kv_fill: "auto" writes K,V of skipped layers only when a later step reads it; "eager" always does.
+    tokenizer: for `stream` with text; found by itself when `model` is a path.
+
+    Raises UnsupportedModelError, PolicyError, BackendUnavailableError or ValueError before any work starts.
+    """
+    for name, value in (("batch_size", batch_size), ("threads", threads), ("max_seq_len", max_seq_len)):
+        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+            raise ValueError(f"{name}={value!r}: it must be a whole number of at least 1.")
+    if batch_size > MAX_BATCH_SIZE:
+        raise ValueError(
+            f"batch_size={batch_size}: at most {MAX_BATCH_SIZE} rows decode together; split the batch."
+        )
+    if kv_fill not in KV_FILLS:
+        raise UnsupportedOptionError(f"kv_fill={kv_fill!r}: choose one of {', '.join(KV_FILLS)}.")
+    if policy is not None and not isinstance(policy, Policy | str):
+        raise TypeError(
+            f"policy={policy!r}: it must be a d3rt.Policy or its text, such as 'd3:alpha=0.999,start=0.5'."
+        )
+    if isinstance(dtype, str):
+        if dtype not in DTYPES:
+            raise UnsupportedOptionError(f"dtype={dtype!r}: choose one of {', '.join(DTYPES)}.")
+        dtype = DTYPES[dtype]
+    chosen = make_backend(backend, threads)
+    if not isinstance(model, nn.Module):
+        model, found = load_model(model, dtype=dtype)
+        tokenizer = tokenizer or found
+    return Runtime(model, policy, chosen, dtype, max_seq_len, batch_size, kv_fill, tokenizer)
+
+
+@dataclass(frozen=True)
+class ProgramInfo:
+    """One recorded step, as `Runtime.programs()` lists it."""
+
+    plan: Plan
+    rows: int
+    depth: float
+    weight_bytes: int  # read by one replay
+    replays: int
+
+    def __str__(self) -> str:
+        megabytes = self.weight_bytes / 1e6
+        return f"rows {self.rows}: {self.plan} ({self.depth} layers, {megabytes:.1f} MB, replayed {self.replays}x)"
+
+
+class _Rows:
+    """Buffers, dispatcher and recorded steps for one number of rows."""
+
+    def __init__(self, runtime: Runtime, rows: int):
+        self._runtime = runtime
+        backend, cache = runtime.backend, runtime._cache
+        self.buffers = StepBuffers(runtime.config, cache, *runtime._rope, rows)
+        backend.own(self.buffers.tensors())
+        buf = self.buffers
+        self.loop = backend.loop(buf.token, buf.pos, buf.logits, buf.filled)
+        self.first_logits = backend.record(lambda ops: runtime._decoder.project_logits(ops, buf))
+        self.numbers: dict[Plan, int] = {}
+        self.replays: Counter[Plan] = Counter()
+
+    def number(self, plan: Plan) -> int:
+        """The dispatcher's number of this plan's program, recorded on first use."""
+        if plan not in self.numbers:
+            program = self._runtime.backend.record(
+                lambda ops: self._runtime._decoder.decode_step(ops, plan, self.buffers)
+            )
+            reads = plan.layer_set.attention_layers
+            self.numbers[plan] = self.loop.add(program, reads, plan.fill_layers)
+        return self.numbers[plan]
+
+
+class Runtime:
+    """A compiled model; made by `d3rt.compile`. `last_run` tells what the last generation did."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        policy: Policy | str | None,
+        backend: Any,
+        dtype: torch.dtype | None,
+        max_seq_len: int | None,
+        batch_size: int,
+        kv_fill: str,
+        tokenizer: PreTrainedTokenizerBase | None,
+    ):
+        hf_config = getattr(model, "config", None)
+        family = family_of(hf_config)
+        self.config = family.config(hf_config)
+        layers = self.config.num_hidden_layers
+        self.policy = parse(policy, num_layers=layers) if isinstance(policy, str) else policy or FullDepth()
+        self.policy.validate(layers)
+        parameter = next(model.parameters())
+        if parameter.device.type != "cpu":
+            raise UnsupportedModelError(
+                f"the model is on device '{parameter.device}'; backend '{backend.name}' needs it on the CPU: "
+                "model.cpu()."
+            )
+        self.dtype = dtype or model.dtype
+        if self.dtype not in (torch.float32, torch.bfloat16):
+            raise UnsupportedOptionError(
+                f"dtype {self.dtype}: backend '{backend.name}' keeps weights in float32 or bfloat16; pass "
+                "dtype=torch.bfloat16 to convert."
+            )
+        limit = self.config.max_position_embeddings
+        self.max_seq_len = max_seq_len or min(limit, DEFAULT_MAX_SEQ_LEN)
+        if self.max_seq_len > limit:
+            raise ValueError(
+                f"max_seq_len={max_seq_len}: the model has positions for {limit} tokens at most."
+            )
+        self.batch_size = batch_size
+        self.kv_fill = kv_fill
+        self.backend = backend
+        self.tokenizer = tokenizer
+        self.generation_config = getattr(model, "generation_config", None) or GenerationConfig()
+        self.last_run: GenerationStats | None = None
+
+        self._decoder = Decoder(self.config, family.weights(model, self.dtype))
+        self._rope = family.rope_tables(model, self.max_seq_len)
+        self._cache = KVCache(self.config, batch_size, self.max_seq_len, self.dtype)
+        backend.own(self._decoder.weights.tensors())
+        self._shared_bytes = _shared_bytes(model, self._decoder.weights.tensors())
+        self._rows: dict[int, _Rows] = {}
+        self._lock = threading.Lock()
+        self._owner: int | None = None  # the thread whose generation runs
+
+    def __repr__(self) -> str:
+        return (
+            f"Runtime({self.config.model_type}, {self.config.num_hidden_layers} layers, {self.policy!r}, "
+            f"backend={self.backend.name!r}, dtype={self.dtype}, max_seq_len={self.max_seq_len}, "
+            f"batch_size={self.batch_size}, threads={self.backend.threads}, kv_fill={self.kv_fill!r})"
+        )
+
+    # -- generating ------------------------------------------------------------------------------------------------
+
+    def generate(
+        self, inputs: Tensor | None = None, generation_config: GenerationConfig | None = None, **kwargs
+    ):
+        """The same call and the same return as Hugging Face's `model.generate`: int64 [B, prompt + new], finished rows
+        padded; with return_dict_in_generate a GenerateOutput.
+
+        Runs in C++ from the first sampled token to the last, except when a Python object must see every step
+        (logits_processor, stopping_criteria, stop_strings, max_time, output_scores, output_logits, and options that
+        only transformers' own processors implement): then Python drives the same recorded steps, at some 0.1-0.5 ms a
+        token. `seed` or `generator` fix what do_sample draws; else torch's global generator does. Beams and other
+        unsupported options raise UnsupportedOptionError, an unknown keyword a TypeError. Ctrl-C stops after the current
+        step.
+        """
+        request = resolve(self.config, self.generation_config, inputs, generation_config, **kwargs)
+        plans = self._plans(request)
+        with self._exclusive():
+            streamer = request.streamer
+            if streamer is not None:
+                streamer.put(request.input_ids)
+            new, scores, logits = [], [], []
+            for tokens in self._steps(request, plans, scores, logits, wait_for_all=streamer is None):
+                new.append(tokens)
+                if streamer is not None:
+                    streamer.put(tokens)
+            if streamer is not None:
+                streamer.end()
+        sequences = torch.cat([request.input_ids, torch.stack(new, dim=1)], dim=1)
+        if not request.return_dict:
+            return sequences
+        return GenerateOutput(
+            sequences=sequences,
+            scores=tuple(scores) if request.output_scores else None,
+            logits=tuple(logits) if request.output_logits else None,
+            stats=self.last_run,
+        )
+
+    def stream(self, prompt: str | Sequence[Any] | Tensor, **kwargs) -> Iterator[str] | Iterator[int]:
+        """Yields the continuation as it is made: text when the runtime has a tokenizer, else token ids.
+
+        prompt: text, chat messages (dicts with role and content), or token ids [T] or [1, T]. kwargs as `generate`.
+        Closing the iterator stops the generation.
+        """
+        ids = self._encode(prompt)
+        request = resolve(self.config, self.generation_config, ids, **kwargs)
+        if request.batch != 1:
+            raise ValueError(f"stream() takes one prompt, not {request.batch}; use generate.")
+        return self._stream(request, self._plans(request))
+
+    def _stream(self, request: Request, plans: Sequence[Plan]) -> Iterator[Any]:
+        text = _Pieces(self.tokenizer) if self.tokenizer is not None else None
+        with self._exclusive():
+            for tokens in self._steps(request, plans, [], [], wait_for_all=False):
+                token = int(tokens[0])
+                if text is None:
+                    yield token
+                    continue
+                if token not in request.eos_tokens:
+                    text.put(tokens)
+                yield from text.take()
+        if text is not None:
+            text.end()
+            yield from text.take()
+
+    def _encode(self, prompt: Any) -> Tensor:
+        if isinstance(prompt, Tensor):
+            return prompt if prompt.dim() == 2 else prompt.unsqueeze(0)
+        is_text = isinstance(prompt, str)
+        is_chat = not is_text and len(prompt) > 0 and isinstance(prompt[0], dict)
+        if not is_text and not is_chat:
+            return torch.tensor(prompt).reshape(1, -1)
+        if self.tokenizer is None:
+            raise ValueError(
+                "this runtime has no tokenizer: pass token ids, or compile(..., tokenizer=tokenizer)."
+            )
+        if is_text:
+            return self.tokenizer(prompt, return_tensors="pt").input_ids
+        return self.tokenizer.apply_chat_template(
+            prompt, add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )["input_ids"]
+
+    def _plans(self, request: Request) -> tuple[Plan, ...]:
+        """The plan of every step; refuses what does not fit before any work starts."""
+        if request.batch > self.batch_size:
+            raise ValueError(
+                f"a batch of {request.batch} rows: this runtime was compiled for {self.batch_size}; "
+                f"compile(..., batch_size={request.batch})."
+            )
+        longest = max(len(prompt) for prompt in request.prompts)
+        if longest + request.max_new_tokens > self.max_seq_len:
+            raise ValueError(
+                f"{longest} prompt tokens and {request.max_new_tokens} new ones exceed max_seq_len={self.max_seq_len}; "
+                "lower max_new_tokens, or compile(..., max_seq_len=...)."
+            )
+        schedule = self.policy.schedule(self.config.num_hidden_layers, request.max_new_tokens)
+        return schedule.plans(self.kv_fill)
+
+    @contextmanager
+    def _exclusive(self):
+        me = threading.get_ident()
+        if self._owner == me:
+            raise D3rtError(
+                "a stream of this runtime is still open in this thread: finish or close it before the next generation."
+            )
+        with self._lock:
+            self._owner = me
+            try:
+                yield
+            finally:
+                self._owner = None
+
+    def _steps(
+        self,
+        request: Request,
+        plans: Sequence[Plan],
+        scores: list[Tensor],
+        logits: list[Tensor],
+        wait_for_all: bool,
+    ) -> Iterator[Tensor]:
+        """Prefill, then the tokens int64 [B] of each step. Leaves last_run, also when it is stopped midway."""
+        rows = self._for_rows(request.batch)
+        programs = [rows.number(plan) for plan in plans[1:]]
+        begin = time.perf_counter()
+        self._cache.reset()
+        self._decoder.prefill(
+            request.prompts, plans[0].layer_set, self._cache, rows.buffers, PREFILL_CHUNK_TOKENS
+        )
+        rows.first_logits.replay()
+        prefill_seconds = time.perf_counter() - begin
+
+        step_seconds: list[float] = []
+        try:
+            if request.stepwise:
+                yield from self._drive(request, rows, programs, scores, logits, step_seconds)
+            else:
+                yield from self._dispatch(request, rows, programs, wait_for_all)
+                step_seconds = rows.loop.step_seconds
+        except BaseException:
+            rows.loop.cancel()
+            if not request.stepwise:
+                step_seconds = rows.loop.step_seconds
+            raise
+        finally:
+            self._note(request, plans, rows, prefill_seconds, step_seconds)
+
+    def _dispatch(
+        self, request: Request, rows: _Rows, programs: list[int], wait_for_all: bool
+    ) -> Iterator[Tensor]:
+        """The dispatcher runs the whole generation; Python only waits, so that Ctrl-C is noticed."""
+        loop = rows.loop
+        loop.start(
+            programs=programs,
+            eos_tokens=request.eos_tokens,
+            pad_token=request.pad_token,
+            sampling=request.sampling,
+            seen=self._seen(request),
+        )
+        while wait_for_all and not loop.wait(POLL_SECONDS):
+            pass
+        step, ended = 0, False
+        while not ended:
+            tokens, ended = loop.read(step, POLL_SECONDS)
+            for at in range(0, len(tokens), request.batch):
+                step += 1
+                yield torch.tensor(tokens[at : at + request.batch])
+
+    @staticmethod
+    def _seen(request: Request) -> list[list[int]]:
+        if request.sampling.repetition_penalty == 1.0:
+            return []
+        return [prompt.tolist() for prompt in request.prompts]
+
+    def _drive(
+        self,
+        request: Request,
+        rows: _Rows,
+        programs: list[int],
+        scores: list[Tensor],
+        logits: list[Tensor],
+        step_seconds: list[float],
+    ) -> Iterator[Tensor]:
+        """The same loop in Python, for processors and criteria that are Python objects."""
+        ids = request.input_ids
+        finished = torch.zeros(request.batch, dtype=torch.bool)
+        eos = torch.tensor(request.eos_tokens, dtype=torch.int64)
+        rows.loop.begin()
+        for i in range(request.max_new_tokens):
+            begin = time.perf_counter()
+            if i > 0:
+                rows.loop.step(programs[i - 1])
+            raw = rows.buffers.logits.clone()
+            processed = request.processors(ids, raw.clone())
+            if request.output_logits:
+                logits.append(raw)
+            if request.output_scores:
+                scores.append(processed)
+            if request.sampling.do_sample:
+                seed = request.sampling.seed
+                chosen = [reference.sample(row, seed, i, slot) for slot, row in enumerate(processed.float())]
+                tokens = torch.tensor(chosen)
+            else:
+                tokens = processed.argmax(-1)
+            tokens = torch.where(finished, request.pad_token, tokens)
+            ids = torch.cat([ids, tokens[:, None]], dim=1)
+            finished = finished | torch.isin(tokens, eos)
+            if request.criteria:
+                finished = finished | request.criteria(ids, processed)
+            rows.loop.commit(tokens.tolist(), finished.tolist())
+            step_seconds.append(time.perf_counter() - begin)
+            yield tokens
+            if finished.all():
+                break
+
+    def _note(
+        self, request, plans, rows: _Rows, prefill_seconds: float, step_seconds: Sequence[float]
+    ) -> None:
+        """last_run and the replay counts, from the steps that really ran."""
+        ran = plans[: len(step_seconds)]
+        if not ran:
+            return
+        rows.replays.update(ran[1:])
+        layers = self.config.num_hidden_layers
+        head = nbytes([self._decoder.weights.lm_head, self._decoder.weights.norm])
+        bytes_of = {plan: self._decoder.step_bytes(plan) for plan in set(ran[1:])}
+        text = {plan: str(plan.layer_set) for plan in set(ran)}
+        lengths = [len(prompt) for prompt in request.prompts]
+        self.last_run = GenerationStats(
+            num_layers=layers,
+            batch=request.batch,
+            prompt_tokens=tuple(lengths),
+            depths=tuple(plan.layer_set.depth for plan in ran),
+            layers=tuple(text[plan] for plan in ran),
+            weight_bytes=(head, *(bytes_of[plan] for plan in ran[1:])),
+            full_weight_bytes=self._decoder.step_bytes(Plan.of(LayerSet.full(layers))),
+            kv_bytes=(0, *(self._kv_bytes(plan, lengths, step) for step, plan in enumerate(ran[1:], 1))),
+            prefill_seconds=prefill_seconds,
+            step_seconds=tuple(step_seconds),
+        )
+
+    def _kv_bytes(self, plan: Plan, lengths: Sequence[int], step: int) -> int:
+        """K,V bytes that decode step `step` reads: at step 1 the prompt and one token more."""
+        c = self.config
+        line = 2 * c.num_key_value_heads * c.head_dim * self._cache.k.element_size()
+        return sum(
+            line * min(length + step, c.sliding_windows[layer] or length + step)
+            for layer in plan.layer_set.attention_layers
+            for length in lengths
+        )
+
+    # -- what is recorded, and what it takes ---------------------------------------------------------------------
+
+    def _for_rows(self, rows: int) -> _Rows:
+        if rows not in self._rows:
+            self._rows[rows] = _Rows(self, rows)
+        return self._rows[rows]
+
+    def warmup(self, max_new_tokens: int | None = None, rows: int | None = None) -> int:
+        """Records every step that a generation of up to max_new_tokens (default: all that fit) with `rows` rows
+        (default: batch_size) can need, so that no later call records; returns how many there are for these rows."""
+        rows = rows or self.batch_size
+        if not 1 <= rows <= self.batch_size:
+            raise ValueError(f"rows={rows}: it must be in 1..{self.batch_size} (batch_size).")
+        steps = max_new_tokens or self.max_seq_len - 1
+        with self._exclusive():
+            plans = self.policy.schedule(self.config.num_hidden_layers, steps).plans(self.kv_fill)
+            kept = self._for_rows(rows)
+            for plan in dict.fromkeys(plans[1:]):
+                kept.number(plan)
+        return len(kept.numbers)
+
+    def programs(self) -> list[ProgramInfo]:
+        """Every recorded step: one for each distinct plan and number of rows."""
+        return [
+            ProgramInfo(
+                plan=plan,
+                rows=count,
+                depth=plan.layer_set.depth,
+                weight_bytes=self._decoder.step_bytes(plan),
+                replays=rows.replays[plan],
+            )
+            for count, rows in self._rows.items()
+            for plan in rows.numbers
+        ]
+
+    def memory(self) -> MemoryReport:
+        """Bytes held, and the most that will be."""
+        weights = nbytes(self._decoder.weights.tensors())
+        buffers = nbytes(self._rope) + sum(rows.buffers.nbytes for rows in self._rows.values())
+        return MemoryReport(
+            shared_weights=self._shared_bytes,
+            own_weights=weights - self._shared_bytes,
+            kv_cache=self._cache.nbytes,
+            buffers=buffers + self.backend.scratch_bytes,
+            prefill=prefill_bytes(
+                self.config,
+                min(PREFILL_CHUNK_TOKENS, self.batch_size * self.max_seq_len),
+                self.max_seq_len,
+                self._cache.k.element_size(),
+            ),
+        )
+
+
+def _shared_bytes(model: nn.Module, weights: Sequence[Tensor]) -> int:
+    """Bytes of those weights whose storage is the model's own."""
+    storages = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    return nbytes([tensor for tensor in weights if tensor.untyped_storage().data_ptr() in storages])
+
+
+class _Pieces(TextStreamer):
+    """Turns tokens into printable text as transformers' TextStreamer does, but hands the pieces out."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase):
+        super().__init__(tokenizer, skip_prompt=False)
+        self._pieces: list[str] = []
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        self._pieces.append(text)
+
+    def take(self) -> Iterator[str]:
+        pieces, self._pieces = self._pieces, []
+        yield from (piece for piece in pieces if piece)
