@@ -1,8 +1,8 @@
-# Everything a developer does, as one word each; `make` alone lists them. All of it happens in .venv and build/.
+# Everything a developer does, one word each; `make` alone lists them. All of it happens in .venv and build/.
 #
-# PYTHON=python3.12      the Python that .venv is made with (3.11 or later)
-# TORCH_INDEX=URL        an extra package index for torch. PyPI's own torch is, on Linux, a CUDA build of several GB;
-#                        TORCH_INDEX=https://download.pytorch.org/whl/cpu gets the CPU build of 200 MB instead.
+# PYTHON=python3.12      the Python that .venv is made with (3.10 or later)
+# TORCH_INDEX=URL        an extra package index for torch. PyPI's torch for Linux is a CUDA build, several GB
+#                        with its libraries; https://download.pytorch.org/whl/cpu has the CPU build of 200 MB.
 
 PYTHON ?= python3
 TORCH_INDEX ?=
@@ -22,8 +22,8 @@ help: ## list the targets
 venv: .venv/.built ## make .venv with the pinned packages and build d3rt into it (editable)
 
 .venv/.installed: requirements.txt requirements-nodeps.txt
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
-	  { echo "$(PYTHON) is $$($(PYTHON) -V 2>&1); the pinned packages need 3.11 or later: make PYTHON=python3.12 ..."; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	  { echo "$$($(PYTHON) -V 2>&1): d3rt needs 3.10 or later; make PYTHON=python3.12"; exit 1; }
 	@echo "[1/3] making .venv with $$($(PYTHON) -V)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	@echo "[2/3] installing requirements.txt (PyTorch is large: some minutes on a first run)"
@@ -67,7 +67,7 @@ format: .venv/.installed ## rewrite the sources in the style that lint checks
 	$(if $(CXX_FILES),$(BIN)/clang-format -i $(CXX_FILES))
 
 wheel: .venv/.installed ## build a wheel into dist/ and try it in a clean venv outside the repository
-	@rm -rf dist
+	@rm -rf dist build/lib* build/bdist*  # setuptools would pack modules deleted since
 	@$(PIP) wheel -q --no-deps -w dist .
 	@TORCH_INDEX="$(TORCH_INDEX)" PYTHON="$(BIN)/python" tests/check_wheel.sh dist/*.whl
 

@@ -198,7 +198,7 @@ PYBIND11_MODULE(_C, m) {
           py::arg("logits"), py::arg("x"), py::arg("norm"), py::arg("w"), py::arg("eps"));
 
   py::class_<SamplingParams>(m, "SamplingParams")
-      .def(py::init([](bool do_sample, float temperature, int64_t top_k, float top_p, float min_p,
+      .def(py::init([](bool do_sample, float temperature, int64_t top_k, double top_p, double min_p,
                        float repetition_penalty, uint64_t seed) {
              return SamplingParams{do_sample, temperature, top_k, top_p, min_p, repetition_penalty, seed};
            }),

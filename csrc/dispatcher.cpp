@@ -4,6 +4,16 @@
 #include <chrono>
 
 namespace d3rt {
+namespace {
+
+// A waiting time that the clock can add to now; 3 years stand for anything longer.
+std::chrono::duration<double> at_most(double seconds) {
+  constexpr double kLongest = 1e8;
+  if (!(seconds < kLongest)) return std::chrono::duration<double>(kLongest);
+  return std::chrono::duration<double>(std::max(seconds, 0.0));
+}
+
+}  // namespace
 
 Dispatcher::Dispatcher(TensorView token, TensorView pos, TensorView logits, TensorView filled,
                        const cpu::Kernels& kernels)
@@ -21,6 +31,7 @@ Dispatcher::Dispatcher(TensorView token, TensorView pos, TensorView logits, Tens
 Dispatcher::~Dispatcher() { cancel(); }
 
 int Dispatcher::add(std::shared_ptr<Tape> tape, std::vector<int> reads, std::vector<int> fills) {
+  std::lock_guard<std::mutex> turn(control_);
   require_idle("add a program");
   for (const auto* layers : {&reads, &fills})
     for (int layer : *layers)
@@ -48,13 +59,14 @@ void Dispatcher::join() {
 }
 
 void Dispatcher::start(RunSpec spec) {
+  std::lock_guard<std::mutex> turn(control_);
   require_idle("start");
   join();
   for (int number : spec.programs) program(number);
   if (spec.sampling.repetition_penalty != 1.0f && spec.seen.size() != static_cast<size_t>(batch_))
     throw InvalidArgument("dispatcher: a repetition penalty needs the tokens seen by each of the " +
                           std::to_string(batch_) + " slots");
-  begin();
+  finished_.assign(static_cast<size_t>(batch_), false);
   cancelled_.store(false);
   const size_t steps = spec.programs.size() + 1;
   {
@@ -93,7 +105,7 @@ void Dispatcher::loop(const RunSpec& spec) {
   std::vector<bool> finished(static_cast<size_t>(batch_), false);
   for (size_t i = 0; i <= spec.programs.size() && !cancelled_.load(std::memory_order_relaxed); ++i) {
     const auto begin = Clock::now();
-    if (i > 0) step(spec.programs[i - 1]);
+    if (i > 0) replay(program(spec.programs[i - 1]));
     for (size_t slot = 0; slot < tokens.size(); ++slot) {
       if (finished[slot]) {
         tokens[slot] = spec.pad_token;
@@ -104,7 +116,7 @@ void Dispatcher::loop(const RunSpec& spec) {
       finished[slot] =
           std::find(spec.eos_tokens.begin(), spec.eos_tokens.end(), tokens[slot]) != spec.eos_tokens.end();
     }
-    commit(tokens, finished);
+    advance(tokens, finished);
     const double seconds = std::chrono::duration<double>(Clock::now() - begin).count();
     {
       std::lock_guard<std::mutex> lock(mutex_);
@@ -132,12 +144,27 @@ void Dispatcher::check_holes(const Program& program) const {
 }
 
 void Dispatcher::begin() {
+  std::lock_guard<std::mutex> turn(control_);
   require_idle("begin");
   finished_.assign(static_cast<size_t>(batch_), false);
 }
 
 void Dispatcher::step(int number) {
-  const Program& current = program(number);
+  std::lock_guard<std::mutex> turn(control_);
+  require_idle("step");
+  replay(program(number));
+}
+
+void Dispatcher::commit(const std::vector<int32_t>& tokens, const std::vector<bool>& finished) {
+  std::lock_guard<std::mutex> turn(control_);
+  require_idle("commit");
+  if (tokens.size() != static_cast<size_t>(batch_) || finished.size() != static_cast<size_t>(batch_))
+    throw InvalidArgument("dispatcher: commit takes one token and one flag for each of the " +
+                          std::to_string(batch_) + " slots");
+  advance(tokens, finished);
+}
+
+void Dispatcher::replay(const Program& current) {
   check_holes(current);
   current.tape->replay();
   // K,V of position pos now exist in the layers that ran or were filled; a layer with an older hole stays
@@ -154,10 +181,7 @@ void Dispatcher::step(int number) {
   }
 }
 
-void Dispatcher::commit(const std::vector<int32_t>& tokens, const std::vector<bool>& finished) {
-  if (tokens.size() != static_cast<size_t>(batch_) || finished.size() != static_cast<size_t>(batch_))
-    throw InvalidArgument("dispatcher: commit takes one token and one flag for each of the " +
-                          std::to_string(batch_) + " slots");
+void Dispatcher::advance(const std::vector<int32_t>& tokens, const std::vector<bool>& finished) {
   for (int64_t slot = 0; slot < batch_; ++slot) {
     const size_t index = static_cast<size_t>(slot);
     // A slot that finished earlier stands still: it recomputes at one position past its end, which is never
@@ -170,8 +194,7 @@ void Dispatcher::commit(const std::vector<int32_t>& tokens, const std::vector<bo
 
 bool Dispatcher::wait(double seconds) {
   std::unique_lock<std::mutex> lock(mutex_);
-  const bool ended =
-      progress_.wait_for(lock, std::chrono::duration<double>(seconds), [&] { return !running_; });
+  const bool ended = progress_.wait_for(lock, at_most(seconds), [&] { return !running_; });
   if (ended && error_) std::rethrow_exception(error_);
   return ended;
 }
@@ -180,8 +203,7 @@ std::vector<int32_t> Dispatcher::read(size_t first_step, double seconds, bool* e
   std::unique_lock<std::mutex> lock(mutex_);
   const size_t from = first_step * static_cast<size_t>(batch_);
   ++token_readers_;
-  progress_.wait_for(lock, std::chrono::duration<double>(seconds),
-                     [&] { return log_.size() > from || !running_; });
+  progress_.wait_for(lock, at_most(seconds), [&] { return log_.size() > from || !running_; });
   --token_readers_;
   if (log_.size() > from) {
     *ended = false;
@@ -193,6 +215,7 @@ std::vector<int32_t> Dispatcher::read(size_t first_step, double seconds, bool* e
 }
 
 void Dispatcher::cancel() {
+  std::lock_guard<std::mutex> turn(control_);
   cancelled_.store(true);
   join();
 }

@@ -68,6 +68,8 @@ class Dispatcher {
   };
 
   void loop(const RunSpec& spec);
+  void replay(const Program& program);
+  void advance(const std::vector<int32_t>& tokens, const std::vector<bool>& finished);
   void check_holes(const Program& program) const;
   const Program& program(int number) const;
   void require_idle(const char* what) const;
@@ -79,6 +81,7 @@ class Dispatcher {
   std::vector<Program> programs_;
   std::vector<bool> finished_;
 
+  std::mutex control_;  // held by whoever adds, starts, stops or drives: those calls come one after the other
   std::thread thread_;
   std::atomic<bool> cancelled_{false};
   mutable std::mutex mutex_;  // guards what follows

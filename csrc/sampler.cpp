@@ -45,7 +45,9 @@ Sampler::Sampler(const SamplingParams& params, int64_t vocab_size, std::vector<s
 int32_t Sampler::sample(float* logits, int slot, int64_t step) {
   const bool penalise = params_.repetition_penalty != 1.0f;
   if (penalise) {  // CTRL (Keskar et al. 2019, arXiv 1909.05858), as HF applies it
-    for (int32_t token : seen_.at(static_cast<size_t>(slot))) {
+    if (static_cast<size_t>(slot) >= seen_.size())
+      throw InvalidArgument("a repetition penalty needs the tokens seen by slot " + std::to_string(slot));
+    for (int32_t token : seen_[static_cast<size_t>(slot)]) {
       float& logit = logits[token];
       logit = logit < 0 ? logit * params_.repetition_penalty : logit / params_.repetition_penalty;
     }
@@ -63,8 +65,7 @@ int32_t Sampler::sample(float* logits, int slot, int64_t step) {
 }
 
 int32_t Sampler::draw(const float* logits, int slot, int64_t step) {
-  // Larger logit first; of equal ones the larger token first, which is the order HF's ascending sort keeps
-  // them in.
+  // Larger logit first; of equal ones the larger token first, as in reference.py (HF's sort leaves it open).
   const auto before = [](const Candidate& a, const Candidate& b) {
     return a.logit != b.logit ? a.logit > b.logit : a.token > b.token;
   };
@@ -85,9 +86,13 @@ int32_t Sampler::draw(const float* logits, int slot, int64_t step) {
       std::max_element(candidates_.begin(), candidates_.end(), [](const Candidate& a, const Candidate& b) {
         return a.logit < b.logit;
       })->logit;
+  if (!std::isfinite(maximum))
+    throw NotFinite("the logits of slot " + std::to_string(slot) + " at step " + std::to_string(step) +
+                    " are infinite once divided by the temperature, so they have no distribution to draw "
+                    "from; do_sample=False takes the largest");
   const auto weight = [&](const Candidate& c) { return std::exp(static_cast<double>(c.logit) - maximum); };
 
-  if (params_.top_p < 1.0f) {
+  if (params_.top_p < 1.0) {
     // Keep the shortest prefix of the sorted candidates whose probability reaches top_p. Sorting only as many
     // as needed: the prefix is usually short and the vocabulary long.
     double total = 0;

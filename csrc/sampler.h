@@ -15,8 +15,8 @@ struct SamplingParams {
   bool do_sample = false;
   float temperature = 1.0f;
   int64_t top_k = 0;   // 0: off
-  float top_p = 1.0f;  // 1: off
-  float min_p = 0.0f;  // 0: off
+  double top_p = 1.0;  // 1: off
+  double min_p = 0.0;  // 0: off
   float repetition_penalty = 1.0f;
   uint64_t seed = 0;
 };

@@ -3,6 +3,7 @@
 #include <unistd.h>
 
 #include <chrono>
+#include <system_error>
 
 #include "errors.h"
 
@@ -31,20 +32,31 @@ constexpr int kSpinsBeforeYield = 4000;
 ThreadPool::ThreadPool(int num_threads) : num_threads_(num_threads), owner_pid_(getpid()) {
   if (num_threads < 1)
     throw InvalidArgument("threads=" + std::to_string(num_threads) + ": must be at least 1");
-  for (int thread = 1; thread < num_threads; ++thread)
-    workers_.emplace_back([this, thread] { work(thread); });
+  try {
+    for (int thread = 1; thread < num_threads; ++thread)
+      workers_.emplace_back([this, thread] { work(thread); });
+  } catch (const std::system_error&) {
+    end_workers();
+    throw Error("threads=" + std::to_string(num_threads) + ": the system gives this process no more than " +
+                std::to_string(workers_.size() + 1));
+  }
 }
 
 ThreadPool::~ThreadPool() {
   if (getpid() != owner_pid_) {  // a forked child has no workers to join, only their handles
     for (auto& worker : workers_) worker.detach();
+    static_cast<void>(parking_.release());  // its destructor would wait for the workers that wait on it
     return;
   }
+  end_workers();
+}
+
+void ThreadPool::end_workers() {
   {
-    std::lock_guard<std::mutex> lock(park_mutex_);
+    std::lock_guard<std::mutex> lock(parking_->mutex);
     stop_.store(true);
   }
-  wake_.notify_all();
+  parking_->wake.notify_all();
   for (auto& worker : workers_) worker.join();
 }
 
@@ -64,8 +76,8 @@ void ThreadPool::run(Job job, void* context) {
   unfinished_.store(num_threads_ - 1, std::memory_order_relaxed);
   job_number_.fetch_add(1);  // seq_cst, against parked_: a worker either sees the job or is seen parked
   if (parked_.load() > 0) {
-    std::lock_guard<std::mutex> lock(park_mutex_);
-    wake_.notify_all();
+    std::lock_guard<std::mutex> lock(parking_->mutex);
+    parking_->wake.notify_all();
   }
   job(context, 0, num_threads_);
   for (int spins = 0; unfinished_.load(std::memory_order_acquire) != 0;) {
@@ -96,9 +108,9 @@ void ThreadPool::work(int thread) {
     while (job_number_.load(std::memory_order_acquire) == done && !stop_.load(std::memory_order_relaxed)) {
       pause_cpu();
       if (++spins % 64 == 0 && std::chrono::steady_clock::now() > spin_until) {
-        std::unique_lock<std::mutex> lock(park_mutex_);
+        std::unique_lock<std::mutex> lock(parking_->mutex);
         parked_.fetch_add(1);
-        wake_.wait(lock, [&] { return job_number_.load() != done || stop_.load(); });
+        parking_->wake.wait(lock, [&] { return job_number_.load() != done || stop_.load(); });
         parked_.fetch_sub(1);
       }
     }

@@ -6,6 +6,7 @@
 #include <atomic>
 #include <condition_variable>
 #include <cstdint>
+#include <memory>
 #include <mutex>
 #include <thread>
 #include <vector>
@@ -29,6 +30,7 @@ class ThreadPool {
 
  private:
   void work(int thread);
+  void end_workers();
 
   const int num_threads_;
   const int owner_pid_;
@@ -42,8 +44,11 @@ class ThreadPool {
   Job job_ = nullptr;
   void* context_ = nullptr;
   std::atomic<bool> stop_{false};
-  std::mutex park_mutex_;
-  std::condition_variable wake_;
+  struct Parking {
+    std::mutex mutex;
+    std::condition_variable wake;
+  };
+  std::unique_ptr<Parking> parking_ = std::make_unique<Parking>();
   std::atomic<int> parked_{0};
 };
 

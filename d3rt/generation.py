@@ -1,13 +1,15 @@
 """Request: one call of `generate`, resolved from Hugging Face's arguments before any work starts.
 
 Names, defaults and precedence are Hugging Face's: a keyword beats generation_config, which beats the model's own
-generation_config, which beats the global defaults. What the C++ dispatcher does itself becomes SamplingParams; what
-only a Python logits processor or stopping criterion can do is built from transformers' own classes and makes the
-request `stepwise`: the same recorded steps, driven from Python one by one. What is not supported is refused by name.
+generation_config, which beats the global defaults; and max_new_tokens beats max_length, wherever each was said. What
+the C++ dispatcher does itself becomes SamplingParams; what only a Python logits processor or stopping criterion can do
+is built from transformers' own classes and makes the request `stepwise`: the same recorded steps, driven from Python
+one by one. What is not supported is refused by name. Every value is checked here, so that a bad one costs no work.
 """
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +18,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteriaList
 from transformers.generation import logits_process as hf
-from transformers.generation.stopping_criteria import MaxTimeCriteria, StopStringCriteria
+from transformers.generation.stopping_criteria import EosTokenCriteria, MaxTimeCriteria, StopStringCriteria
 
 from d3rt.config import DecoderConfig
 from d3rt.errors import UnsupportedOptionError
@@ -55,6 +57,7 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "encoder_repetition_penalty": (None, 1, 1.0),
     "encoder_no_repeat_ngram_size": (None, 0),
     "continuous_batching_config": (None,),
+    "synced_gpus": (None, False),
 }
 # Without effect on which tokens come out here: settings of beams, of assistants, or of Hugging Face's own caches.
 WITHOUT_EFFECT = {
@@ -64,17 +67,15 @@ WITHOUT_EFFECT = {
     *("max_matching_ngram_size", "assistant_lookbehind", "target_lookbehind", "assistant_ensemble_weight"),
     *("decoder_start_token_id", "return_legacy_cache", "transformers_version"),
 }
-# Arguments of model.forward or generate that name state we keep ourselves.
+# Arguments of model.forward or generate that are not supported at all: only None is taken. Each with the way out.
+_OWN_STATE = "the runtime keeps positions, embeddings and K,V itself; pass input_ids and attention_mask"
 REFUSED_INPUTS = {
-    *(
-        "inputs_embeds",
-        "past_key_values",
-        "position_ids",
-        "cache_position",
-        "assistant_model",
-        "custom_generate",
+    **dict.fromkeys(("inputs_embeds", "past_key_values", "position_ids", "cache_position"), _OWN_STATE),
+    **dict.fromkeys(
+        ("assistant_model", "assistant_tokenizer", "custom_generate")
+        + ("negative_prompt_ids", "negative_prompt_attention_mask"),
+        "leave it out, or use model.generate",
     ),
-    *("negative_prompt_ids", "negative_prompt_attention_mask", "synced_gpus"),
 }
 HANDLED = {
     *(
@@ -117,6 +118,9 @@ class Request:
     output_scores: bool
     output_logits: bool
     stepwise: bool
+    # Whether a finished row emits pad_token while others go on. Hugging Face pads only where an EOS token can end a
+    # row; where nothing but a criterion does, the row's own tokens go on until every row is finished.
+    pads: bool
 
     @property
     def batch(self) -> int:
@@ -146,6 +150,11 @@ def resolve(
             raise ValueError("generate() got both `inputs` and `input_ids`: pass the prompt once.")
         inputs = kwargs.pop("input_ids")
     _refuse_unknown(kwargs)
+    if generation_config is not None and not isinstance(generation_config, GenerationConfig):
+        raise TypeError(
+            f"generation_config is a {type(generation_config).__name__}: it must be a transformers.GenerationConfig; "
+            "pass options by keyword instead."
+        )
     options = _merge(model_defaults, generation_config, kwargs)
     for name, accepted in NEUTRAL.items():
         if options.get(name) not in accepted:
@@ -153,8 +162,13 @@ def resolve(
                 f"{name}={options[name]!r} is not supported; leave it at {accepted[-1]!r}, or use model.generate."
             )
 
+    if options.get("pad_token_id") is not None:
+        try:
+            options["pad_token_id"] = operator.index(options["pad_token_id"])
+        except TypeError:
+            raise ValueError(f"pad_token_id={options['pad_token_id']!r}: it must be a token id.") from None
     input_ids, mask = _checked_inputs(config, options, inputs, attention_mask)
-    copies = options["num_return_sequences"] or 1
+    copies = _whole("num_return_sequences", options["num_return_sequences"] or 1)
     if copies > 1:
         if not options["do_sample"]:
             raise ValueError(
@@ -167,43 +181,41 @@ def resolve(
     pad_token = options.get("pad_token_id")
     if pad_token is None:
         pad_token = eos_tokens[0] if eos_tokens else 0
+    if not 0 <= pad_token < config.vocab_size:  # the next step would embed it
+        if len(prompts) > 1:
+            raise ValueError(
+                f"pad_token_id={pad_token}: finished rows of a batch emit it, so it must be in "
+                f"0..{config.vocab_size - 1}; set pad_token_id, for example to eos_token_id."
+            )
+        pad_token = 0  # a single row never emits it, and some configs say -1 for "none"
     max_new_tokens = _max_new_tokens(config, options, input_ids.shape[1])
     sampling = _sampling(options, seed, generator)
 
     extra = _extra_processors(options, input_ids, eos_tokens, max_new_tokens, prefix_allowed_tokens_fn)
     custom = list(logits_processor or [])
     late = _late_warpers(options)
-    criteria = StoppingCriteriaList(stopping_criteria or [])
-    if options.get("stop_strings") is not None:
-        if tokenizer is None:
-            raise ValueError(
-                "stop_strings needs the tokenizer: generate(..., stop_strings=..., tokenizer=tokenizer)."
-            )
-        criteria.append(StopStringCriteria(stop_strings=options["stop_strings"], tokenizer=tokenizer))
-    if options.get("max_time") is not None:
-        criteria.append(MaxTimeCriteria(max_time=options["max_time"]))
+    criteria = _criteria(options, stopping_criteria, tokenizer)
+    if any(type(criterion) is EosTokenCriteria for criterion in criteria):
+        eos_tokens = ()  # the caller's own takes the place of ours, as in Hugging Face
+    return_dict = bool(options.get("return_dict_in_generate"))
+    output_scores = return_dict and bool(options.get("output_scores"))
+    output_logits = return_dict and bool(options.get("output_logits"))
 
     return Request(
         input_ids=input_ids,
         prompts=prompts,
         max_new_tokens=max_new_tokens,
         eos_tokens=eos_tokens,
-        pad_token=int(pad_token),
+        pad_token=pad_token,
         sampling=sampling,
         processors=_in_order(sampling, input_ids.shape[1], prompts, extra, custom, late),
         criteria=criteria,
         streamer=streamer,
-        return_dict=bool(options.get("return_dict_in_generate")),
-        output_scores=bool(options.get("output_scores")),
-        output_logits=bool(options.get("output_logits")),
-        stepwise=bool(
-            extra
-            or custom
-            or late
-            or criteria
-            or options.get("output_scores")
-            or options.get("output_logits")
-        ),
+        return_dict=return_dict,
+        output_scores=output_scores,
+        output_logits=output_logits,
+        stepwise=bool(extra or custom or late or criteria or output_scores or output_logits),
+        pads=bool(eos_tokens) or any(hasattr(criterion, "eos_token_id") for criterion in criteria),
     )
 
 
@@ -211,10 +223,7 @@ def _refuse_unknown(kwargs: dict[str, Any]) -> None:
     for name in kwargs:
         if name in REFUSED_INPUTS:
             if kwargs[name] is not None:
-                raise UnsupportedOptionError(
-                    f"{name} is not supported: the runtime keeps positions, embeddings and K,V itself; "
-                    "pass input_ids and attention_mask."
-                )
+                raise UnsupportedOptionError(f"{name} is not supported: {REFUSED_INPUTS[name]}.")
         elif name not in HANDLED | WITHOUT_EFFECT | set(NEUTRAL):
             raise TypeError(f"generate() got an unexpected keyword argument {name!r}")
 
@@ -236,9 +245,6 @@ def _merge(
             )
         options.update(given)
     options.update((key, value) for key, value in kwargs.items() if key not in REFUSED_INPUTS)
-    # The two lengths exclude each other, so the one said closest to the call decides.
-    if "max_length" in kwargs and kwargs["max_length"] is not None and kwargs.get("max_new_tokens") is None:
-        options["max_new_tokens"] = None
     return options
 
 
@@ -253,7 +259,13 @@ def _checked_inputs(config, options, inputs, attention_mask) -> tuple[Tensor, Te
         inputs = torch.tensor([[bos]])
     if not isinstance(inputs, Tensor):
         inputs = torch.as_tensor(inputs)
-    if inputs.dim() != 2 or inputs.is_floating_point():
+    if inputs.dim() != 2 or inputs.dtype not in (
+        torch.int64,
+        torch.int32,
+        torch.int16,
+        torch.int8,
+        torch.uint8,
+    ):
         raise ValueError(
             f"input_ids is {inputs.dtype} of shape {tuple(inputs.shape)}: it must be integer token ids [batch, length]."
         )
@@ -293,29 +305,40 @@ def _token_list(name: str, value: Any, vocab_size: int) -> tuple[int, ...]:
     if value is None:
         return ()
     tokens = value.flatten().tolist() if isinstance(value, Tensor) else value
-    tokens = (tokens,) if isinstance(tokens, int) else tuple(int(token) for token in tokens)
+    tokens = tuple(tokens) if isinstance(tokens, list | tuple) else (tokens,)
     for token in tokens:
+        if not isinstance(token, int):
+            raise ValueError(f"{name}={value!r}: it must be a token id, or a list of them.")
         if token >= vocab_size:
             raise ValueError(f"{name}={token}: the model's vocabulary has {vocab_size} tokens.")
     return tuple(token for token in tokens if token >= 0)  # some configs say -1 for "none"
 
 
+def _whole(name: str, value: Any) -> int:
+    """value as a whole number of at least 1; numpy's and torch's are taken too."""
+    try:
+        number = 0 if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        number = 0
+    if number < 1:
+        raise ValueError(f"{name}={value!r}: it must be a whole number of at least 1.")
+    return number
+
+
 def _max_new_tokens(config: DecoderConfig, options: dict[str, Any], prompt_length: int) -> int:
     new_tokens, max_length = options.get("max_new_tokens"), options.get("max_length")
-    if new_tokens is None:
-        if max_length is None:
-            room = config.max_position_embeddings - prompt_length
-            new_tokens = min(DEFAULT_NEW_TOKENS, room) if room > 0 else DEFAULT_NEW_TOKENS
-        else:
-            new_tokens = max_length - prompt_length
-            if new_tokens < 1:
-                raise ValueError(
-                    f"max_length={max_length} leaves no room after a prompt of {prompt_length} tokens; raise it, or set "
-                    "max_new_tokens."
-                )
-    if not isinstance(new_tokens, int) or new_tokens < 1:
-        raise ValueError(f"max_new_tokens={new_tokens!r}: it must be a whole number of at least 1.")
-    return new_tokens
+    if new_tokens is not None:
+        return _whole("max_new_tokens", new_tokens)
+    if max_length is None:
+        room = config.max_position_embeddings - prompt_length
+        return min(DEFAULT_NEW_TOKENS, room) if room > 0 else DEFAULT_NEW_TOKENS
+    room = _whole("max_length", max_length) - prompt_length
+    if room < 1:
+        raise ValueError(
+            f"max_length={max_length} leaves no room after a prompt of {prompt_length} tokens; raise it, or set "
+            "max_new_tokens."
+        )
+    return room
 
 
 def _sampling(options: dict[str, Any], seed: int | None, generator: torch.Generator | None) -> SamplingParams:
@@ -331,18 +354,57 @@ def _sampling(options: dict[str, Any], seed: int | None, generator: torch.Genera
         "temperature", 1.0, tiny if sample else 0.0, huge, "above 0 (or set do_sample=False)"
     )
     top_k = number("top_k", 0, 0, huge, "a whole number of at least 0 (0 is off)")
-    top_p = number("top_p", 1.0, tiny, 1.0, "above 0 and at most 1")
+    if top_k != int(top_k):
+        raise ValueError(f"top_k={top_k!r}: it must be a whole number of at least 0 (0 is off).")
+    top_p = number("top_p", 1.0, 0.0, 1.0, "in 0..1 (1 is off)")
     min_p = number("min_p", 0.0, 0.0, 1.0, "in 0..1")
     penalty = number("repetition_penalty", 1.0, tiny, huge, "above 0")
     if seed is not None and generator is not None:
         raise ValueError("seed and generator were both given: pass one.")
+    if seed is not None and (not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**64):
+        raise ValueError(f"seed={seed!r}: it must be a whole number in 0..2**64 - 1.")
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise TypeError(f"generator={generator!r}: it must be a torch.Generator; pass a number as seed.")
     if not sample:
         return SamplingParams(repetition_penalty=penalty)
     if seed is None:  # torch.manual_seed, or the generator, decides
         seed = int(torch.randint(0, 2**62, (1,), generator=generator))
-    elif not 0 <= seed < 2**64:
-        raise ValueError(f"seed={seed}: it must be in 0..2**64 - 1.")
     return SamplingParams(True, temperature, int(top_k), top_p, min_p, penalty, seed)
+
+
+def _criteria(
+    options: dict[str, Any], given: Sequence[Callable] | None, tokenizer: Any
+) -> StoppingCriteriaList:
+    """The criteria that options ask for, and the caller's own; his takes the place of ours of the same class."""
+    given, ours = list(given or []), []
+    if options.get("max_time") is not None:
+        limit = options["max_time"]
+        if not isinstance(limit, int | float) or isinstance(limit, bool) or not limit >= 0:
+            raise ValueError(f"max_time={limit!r}: it must be a number of seconds, at least 0.")
+        ours.append(MaxTimeCriteria(max_time=limit))
+    if options.get("stop_strings") is not None:
+        if tokenizer is None:
+            raise ValueError(
+                "stop_strings needs the tokenizer: generate(..., stop_strings=..., tokenizer=tokenizer)."
+            )
+        ours.append(StopStringCriteria(stop_strings=options["stop_strings"], tokenizer=tokenizer))
+    return StoppingCriteriaList(_merged(ours, given))
+
+
+def _merged(ours: list[Any], given: list[Any]) -> list[Any]:
+    """Hugging Face's rule: one of the caller's stands where ours of the same class did, the others follow."""
+    same = {type(one): one for one in reversed(given)}  # the first of a class counts
+    merged = [same.get(_hf_class(one), one) for one in ours]
+    for one in given:
+        if one not in merged:
+            merged.append(one)
+    return merged
+
+
+def _hf_class(processor: Any) -> type:
+    return (
+        hf.RepetitionPenaltyLogitsProcessor if isinstance(processor, RepetitionPenalty) else type(processor)
+    )
 
 
 def _extra_processors(
@@ -363,8 +425,11 @@ def _extra_processors(
         processors.append(hf.NoRepeatNGramLogitsProcessor(wanted("no_repeat_ngram_size")))
     if wanted("bad_words_ids") is not None:
         processors.append(hf.NoBadWordsLogitsProcessor(wanted("bad_words_ids"), eos or None))
-    if wanted("min_length") and eos:
-        processors.append(hf.MinLengthLogitsProcessor(wanted("min_length"), eos))
+    min_length = wanted("min_length")
+    if wanted("min_new_tokens") is not None:  # it takes the place of min_length
+        min_length = wanted("min_new_tokens") + length
+    if min_length and eos:
+        processors.append(hf.MinLengthLogitsProcessor(min_length, eos))
     if wanted("min_new_tokens") and eos:
         processors.append(hf.MinNewTokensLengthLogitsProcessor(length, wanted("min_new_tokens"), eos))
     if prefix_allowed_tokens_fn is not None:
@@ -383,7 +448,9 @@ def _extra_processors(
     if wanted("suppress_tokens") is not None:
         processors.append(hf.SuppressTokensLogitsProcessor(wanted("suppress_tokens")))
     if wanted("begin_suppress_tokens") is not None:
-        processors.append(hf.SuppressTokensAtBeginLogitsProcessor(wanted("begin_suppress_tokens"), length))
+        # A forced BOS is the first new token of a prompt of one: what may begin comes after it.
+        begin = length + 1 if length == 1 and wanted("forced_bos_token_id") is not None else length
+        processors.append(hf.SuppressTokensAtBeginLogitsProcessor(wanted("begin_suppress_tokens"), begin))
     return processors
 
 
@@ -434,7 +501,7 @@ def _in_order(
         padding = [padded_length - len(prompt) for prompt in prompts]
         processors.append(RepetitionPenalty(sampling.repetition_penalty, padding))
     processors.extend(processor for processor in extra if processor not in biases)
-    processors.extend(custom)
+    processors = LogitsProcessorList(_merged(processors, custom))
     if sampling.do_sample:
         if sampling.temperature != 1.0:
             processors.append(hf.TemperatureLogitsWarper(float(sampling.temperature)))

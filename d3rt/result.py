@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-from transformers.utils import ModelOutput
+from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 
 @dataclass(frozen=True)
@@ -65,10 +64,9 @@ class GenerationStats:
 
 
 @dataclass
-class GenerateOutput(ModelOutput):
-    """With return_dict_in_generate: Hugging Face's fields, and `stats`."""
+class GenerateOutput(GenerateDecoderOnlyOutput):
+    """With return_dict_in_generate: Hugging Face's own output, and `stats`. sequences [B, prompt + new]; scores
+    (processed) and logits (as they came) one [B, V] a step where asked for; attentions, hidden_states and
+    past_key_values are always None: the K,V cache is the runtime's."""
 
-    sequences: torch.LongTensor | None = None  # [B, prompt + new]
-    scores: tuple[torch.FloatTensor, ...] | None = None  # one [B, V] a step, processed
-    logits: tuple[torch.FloatTensor, ...] | None = None  # one [B, V] a step, as they came
     stats: GenerationStats | None = None

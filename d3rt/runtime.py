@@ -18,10 +18,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationConfig, PreTrainedTokenizerBase, TextStreamer
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from d3rt.backends import make_backend
-from d3rt.errors import D3rtError, UnsupportedModelError, UnsupportedOptionError
+from d3rt.detokenizer import Detokenizer
+from d3rt.errors import D3rtError, NotFiniteError, UnsupportedModelError, UnsupportedOptionError
 from d3rt.generation import Request, resolve
 from d3rt.kernels import reference
 from d3rt.kv_cache import KVCache
@@ -32,6 +33,7 @@ from d3rt.models.loading import load_model
 from d3rt.plan import LayerSet, Plan
 from d3rt.policies import FullDepth, Policy, parse
 from d3rt.result import GenerateOutput, GenerationStats
+from d3rt.sampling import SamplingParams
 
 # A cache longer than this must be asked for: Llama-3's own limit of 131072 would be 17 GB.
 DEFAULT_MAX_SEQ_LEN = 8192
@@ -110,25 +112,28 @@ class ProgramInfo:
 
 
 class _Rows:
-    """Buffers, dispatcher and recorded steps for one number of rows."""
+    """Buffers, dispatcher and recorded steps for one number of rows.
+
+    Keeps no reference to the runtime, which keeps this: a dropped runtime's cache is freed at once, not by the garbage
+    collector some time.
+    """
 
     def __init__(self, runtime: Runtime, rows: int):
-        self._runtime = runtime
-        backend, cache = runtime.backend, runtime._cache
-        self.buffers = StepBuffers(runtime.config, cache, *runtime._rope, rows)
+        backend, decoder = runtime.backend, runtime._decoder
+        self.buffers = StepBuffers(runtime.config, runtime._cache, *runtime._rope, rows)
         backend.own(self.buffers.tensors())
         buf = self.buffers
         self.loop = backend.loop(buf.token, buf.pos, buf.logits, buf.filled)
-        self.first_logits = backend.record(lambda ops: runtime._decoder.project_logits(ops, buf))
+        self.first_logits = backend.record(lambda ops: decoder.project_logits(ops, buf))
+        self._backend, self._decoder = backend, decoder
         self.numbers: dict[Plan, int] = {}
         self.replays: Counter[Plan] = Counter()
 
     def number(self, plan: Plan) -> int:
         """The dispatcher's number of this plan's program, recorded on first use."""
         if plan not in self.numbers:
-            program = self._runtime.backend.record(
-                lambda ops: self._runtime._decoder.decode_step(ops, plan, self.buffers)
-            )
+            decoder, buf = self._decoder, self.buffers
+            program = self._backend.record(lambda ops: decoder.decode_step(ops, plan, buf))
             reads = plan.layer_set.attention_layers
             self.numbers[plan] = self.loop.add(program, reads, plan.fill_layers)
         return self.numbers[plan]
@@ -186,6 +191,7 @@ class Runtime:
         self._shared_bytes = _shared_bytes(model, self._decoder.weights.tensors())
         self._rows: dict[int, _Rows] = {}
         self._lock = threading.Lock()
+        self._pid = os.getpid()
         self._owner: int | None = None  # the thread whose generation runs
 
     def __repr__(self) -> str:
@@ -206,9 +212,9 @@ class Runtime:
         Runs in C++ from the first sampled token to the last, except when a Python object must see every step
         (logits_processor, stopping_criteria, stop_strings, max_time, output_scores, output_logits, and options that
         only transformers' own processors implement): then Python drives the same recorded steps, at some 0.1-0.5 ms a
-        token. `seed` or `generator` fix what do_sample draws; else torch's global generator does. Beams and other
-        unsupported options raise UnsupportedOptionError, an unknown keyword a TypeError. Ctrl-C stops after the current
-        step.
+        token. `seed` or `generator` fix what do_sample draws; else torch's global generator does. What row r draws at a
+        step depends on the seed, the step and r alone, not on the other rows. Beams and other unsupported options raise
+        UnsupportedOptionError, an unknown keyword a TypeError. Ctrl-C stops after the current step.
         """
         request = resolve(self.config, self.generation_config, inputs, generation_config, **kwargs)
         plans = self._plans(request)
@@ -223,6 +229,7 @@ class Runtime:
                     streamer.put(tokens)
             if streamer is not None:
                 streamer.end()
+            stats = self.last_run  # another thread may generate from here on
         sequences = torch.cat([request.input_ids, torch.stack(new, dim=1)], dim=1)
         if not request.return_dict:
             return sequences
@@ -230,7 +237,7 @@ class Runtime:
             sequences=sequences,
             scores=tuple(scores) if request.output_scores else None,
             logits=tuple(logits) if request.output_logits else None,
-            stats=self.last_run,
+            stats=stats,
         )
 
     def stream(self, prompt: str | Sequence[Any] | Tensor, **kwargs) -> Iterator[str] | Iterator[int]:
@@ -240,25 +247,27 @@ class Runtime:
         Closing the iterator stops the generation.
         """
         ids = self._encode(prompt)
+        # One prompt has no padding: a pad token in it (chat templates use theirs to end a turn) is a token.
+        kwargs.setdefault("attention_mask", torch.ones_like(ids))
         request = resolve(self.config, self.generation_config, ids, **kwargs)
         if request.batch != 1:
             raise ValueError(f"stream() takes one prompt, not {request.batch}; use generate.")
+        if request.streamer is not None:
+            raise UnsupportedOptionError("streamer: stream() hands out the text itself; use generate.")
         return self._stream(request, self._plans(request))
 
     def _stream(self, request: Request, plans: Sequence[Plan]) -> Iterator[Any]:
-        text = _Pieces(self.tokenizer) if self.tokenizer is not None else None
+        text = Detokenizer(self.tokenizer) if self.tokenizer is not None else None
         with self._exclusive():
             for tokens in self._steps(request, plans, [], [], wait_for_all=False):
                 token = int(tokens[0])
                 if text is None:
                     yield token
                     continue
-                if token not in request.eos_tokens:
-                    text.put(tokens)
-                yield from text.take()
-        if text is not None:
-            text.end()
-            yield from text.take()
+                if token not in request.eos_tokens and (piece := text.put(token)):
+                    yield piece
+        if text is not None and (piece := text.end()):
+            yield piece
 
     def _encode(self, prompt: Any) -> Tensor:
         if isinstance(prompt, Tensor):
@@ -295,6 +304,12 @@ class Runtime:
 
     @contextmanager
     def _exclusive(self):
+        # Here and not in C++: torch's own threads are gone too, and the prefill would wait for them for ever.
+        if os.getpid() != self._pid:
+            raise D3rtError(
+                "this runtime was made before fork(), and its threads do not exist in this process: compile the model "
+                "here, in a process started by 'spawn'."
+            )
         me = threading.get_ident()
         if self._owner == me:
             raise D3rtError(
@@ -392,18 +407,17 @@ class Runtime:
                 logits.append(raw)
             if request.output_scores:
                 scores.append(processed)
-            if request.sampling.do_sample:
-                seed = request.sampling.seed
-                chosen = [reference.sample(row, seed, i, slot) for slot, row in enumerate(processed.float())]
-                tokens = torch.tensor(chosen)
-            else:
-                tokens = processed.argmax(-1)
-            tokens = torch.where(finished, request.pad_token, tokens)
+            padded = finished if request.pads else torch.zeros_like(finished)
+            chosen = [
+                request.pad_token if padded[slot] else _choose(row, request.sampling, i, slot)
+                for slot, row in enumerate(processed.float())
+            ]
+            tokens = torch.tensor(chosen)
             ids = torch.cat([ids, tokens[:, None]], dim=1)
             finished = finished | torch.isin(tokens, eos)
             if request.criteria:
-                finished = finished | request.criteria(ids, processed)
-            rows.loop.commit(tokens.tolist(), finished.tolist())
+                finished = finished | request.criteria(ids, tuple(scores) if request.output_scores else None)
+            rows.loop.commit(tokens.tolist(), (finished & request.pads).tolist())
             step_seconds.append(time.perf_counter() - begin)
             yield tokens
             if finished.all():
@@ -460,9 +474,9 @@ class Runtime:
             raise ValueError(f"rows={rows}: it must be in 1..{self.batch_size} (batch_size).")
         steps = max_new_tokens or self.max_seq_len - 1
         with self._exclusive():
-            plans = self.policy.schedule(self.config.num_hidden_layers, steps).plans(self.kv_fill)
+            schedule = self.policy.schedule(self.config.num_hidden_layers, steps)
             kept = self._for_rows(rows)
-            for plan in dict.fromkeys(plans[1:]):
+            for plan in schedule.every_plan(self.kv_fill):
                 kept.number(plan)
         return len(kept.numbers)
 
@@ -498,22 +512,17 @@ class Runtime:
         )
 
 
+def _choose(scores: Tensor, sampling: SamplingParams, step: int, slot: int) -> int:
+    """The token of one slot from its processed scores [V], as the dispatcher would choose it."""
+    if scores.isnan().any() or not (scores > -torch.inf).any():
+        raise NotFiniteError(
+            f"the scores of slot {slot} at step {step} hold NaN or no finite value; the model or its K,V cache is "
+            "broken, or the logits processors leave no token"
+        )
+    return reference.sample(scores, sampling.seed, step, slot) if sampling.do_sample else int(scores.argmax())
+
+
 def _shared_bytes(model: nn.Module, weights: Sequence[Tensor]) -> int:
     """Bytes of those weights whose storage is the model's own."""
     storages = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     return nbytes([tensor for tensor in weights if tensor.untyped_storage().data_ptr() in storages])
-
-
-class _Pieces(TextStreamer):
-    """Turns tokens into printable text as transformers' TextStreamer does, but hands the pieces out."""
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase):
-        super().__init__(tokenizer, skip_prompt=False)
-        self._pieces: list[str] = []
-
-    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-        self._pieces.append(text)
-
-    def take(self) -> Iterator[str]:
-        pieces, self._pieces = self._pieces, []
-        yield from (piece for piece in pieces if piece)

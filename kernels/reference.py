@@ -175,16 +175,16 @@ def penalise(logits: Tensor, seen: Iterable[int], repetition_penalty: float) -> 
 def warp(logits: Tensor, temperature: float, top_k: int, top_p: float, min_p: float) -> Tensor:
     """Scores [V] to draw from: logits / temperature, with -inf where top_k, then top_p, then min_p cuts, as Hugging
     Face's warpers do. top_k keeps ties with the k-th; top_p keeps the shortest prefix of the tokens sorted by
-    probability that reaches top_p, and of equal tokens the larger first; min_p keeps p >= min_p * max p."""
+    probability that reaches top_p, of equal tokens the larger first (HF's sort leaves that open); min_p keeps
+    p >= min_p * max p."""
     scores = logits / temperature
     if 0 < top_k < len(scores):
         scores = scores.masked_fill(scores < scores.topk(top_k).values[-1], -torch.inf)
     if top_p < 1.0:
-        ascending, order = scores.sort(stable=True)
-        reached = ascending.double().softmax(-1).cumsum(-1)
-        cut = reached <= 1.0 - top_p
-        cut[-1] = False
-        scores = scores.index_fill(0, order[cut], -torch.inf)
+        order = scores.sort(stable=True).indices.flip(0)
+        reached = torch.exp(scores[order].double() - scores.max().double()).cumsum(0)
+        kept = 1 + int((reached / reached[-1] < top_p).sum())
+        scores = scores.index_fill(0, order[kept:], -torch.inf)
     if min_p > 0.0:
         scores = scores.masked_fill(scores.double() - scores.max().double() < math.log(min_p), -torch.inf)
     return scores

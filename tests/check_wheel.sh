@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Tries a wheel the way a user meets it: a clean venv, outside the repository, so that nothing from the checkout helps.
+# Tries a wheel the way a user meets it: a clean venv, outside the repository, so that nothing from it helps.
 # Versions are held to requirements.txt, since what is checked is the wheel and not the newest torch.
 #   PYTHON=python3 TORCH_INDEX= tests/check_wheel.sh dist/d3rt-*.whl
 set -euo pipefail

@@ -44,6 +44,6 @@ def availability() -> dict[str, dict[str, str]]:
     for name in _MAKERS:
         try:
             report[name] = make_backend(name).describe()
-        except BackendUnavailableError as error:
+        except (BackendUnavailableError, ValueError) as error:  # ValueError: D3RT_CPU_ISA forces one it lacks
             report[name] = {"unavailable": str(error)}
     return report

@@ -28,6 +28,11 @@ def native() -> Any:
     return _C
 
 
+def usable_cores() -> int:
+    """Cores this process may run on; all of them where the system cannot tell."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 class CpuLoop:
     """csrc's Dispatcher; only `start` differs, in how it is given its parameters."""
 
@@ -57,7 +62,7 @@ class CpuBackend:
 
     def __init__(self, threads: int | None = None):
         _C = native()
-        self.threads = threads or len(os.sched_getaffinity(0))
+        self.threads = threads or usable_cores()
         self._pool = _C.ThreadPool(self.threads)
         self._arena = _C.Arena()
 

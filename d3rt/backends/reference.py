@@ -117,6 +117,11 @@ def choose(logits: Tensor, params: SamplingParams, seen: set[int], step: int, sl
     if not params.do_sample:
         return int(scores.argmax())
     scores = reference.warp(scores, params.temperature, params.top_k, params.top_p, params.min_p)
+    if not scores.max().isfinite():
+        raise NotFiniteError(
+            f"the logits of slot {slot} at step {step} are infinite once divided by the temperature, so they "
+            "have no distribution to draw from; do_sample=False takes the largest"
+        )
     return reference.sample(scores, params.seed, step, slot)
 
 

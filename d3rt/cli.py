@@ -1,0 +1,229 @@
+"""The command line: d3rt generate, policy, info, demo.
+
+What was asked for goes to stdout, everything about it (statistics, progress, errors) to stderr, so that the output
+can be piped on. An error on purpose is one line and exit code 2; Ctrl-C is 130, a reader that went away 141 and quiet,
+as shells count signals. torch is loaded inside the commands that need it: `d3rt --help` and `d3rt policy` stay quick.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import sys
+from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from d3rt.errors import D3rtError
+from d3rt.policies import known_policies, parse
+
+EXIT_ERROR, EXIT_INTERRUPTED, EXIT_BROKEN_PIPE = 2, 130, 141
+
+app = typer.Typer(
+    name="d3rt",
+    help="LLM decoding whose depth changes from token to token.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+
+def main() -> None:
+    """Entry point of `d3rt` and `python -m d3rt`."""
+    app(prog_name="d3rt")
+
+
+def _command(function: Callable[..., None]) -> Callable[..., None]:
+    """Registers a command whose expected failures end in one line and an exit code."""
+
+    @functools.wraps(function)
+    def run(*args: Any, **kwargs: Any) -> None:
+        try:
+            function(*args, **kwargs)
+            sys.stdout.flush()
+        except BrokenPipeError:
+            # Python flushes stdout once more on its way out; that must not fail again.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise typer.Exit(EXIT_BROKEN_PIPE) from None
+        except KeyboardInterrupt:
+            typer.echo("\ninterrupted", err=True)
+            raise typer.Exit(EXIT_INTERRUPTED) from None
+        except (D3rtError, ValueError, OSError) as error:
+            typer.echo(f"error: {' '.join(str(error).split())}", err=True)
+            raise typer.Exit(EXIT_ERROR) from None
+
+    return app.command()(run)
+
+
+ModelOption = Annotated[
+    str | None,
+    typer.Option(metavar="PATH|ID", help="Folder, GGUF file or hub id. [default: the embedded SmolLM2-135M]"),
+]
+ThreadsOption = Annotated[int | None, typer.Option(help="Threads of the decode steps. [default: every core]")]
+
+
+@_command
+def generate(
+    prompt: Annotated[str, typer.Argument(help='The text to continue; "-" reads it from stdin.')],
+    policy: Annotated[str, typer.Option(help="Which layers run, e.g. d3:alpha=0.998,start=0.5")] = "full",
+    model: ModelOption = None,
+    chat: Annotated[
+        bool, typer.Option("--chat", help="The prompt is a user's message to a chat model.")
+    ] = False,
+    backend: Annotated[str, typer.Option(help="auto, cpu or reference.")] = "auto",
+    dtype: Annotated[str | None, typer.Option(help="float32 or bfloat16. [default: the model's]")] = None,
+    threads: ThreadsOption = None,
+    max_new_tokens: Annotated[int, typer.Option(help="At most this many tokens.")] = 128,
+    max_seq_len: Annotated[
+        int | None,
+        typer.Option(help="Longest sequence, prompt included. [default: the model's, at most 8192]"),
+    ] = None,
+    kv_fill: Annotated[
+        str, typer.Option(help="auto or eager: when K,V of skipped layers is written.")
+    ] = "auto",
+    sample: Annotated[
+        bool | None,
+        typer.Option(
+            "--sample/--greedy", help="Draw tokens; implied by the options below. [default: the model's]"
+        ),
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Fixes what is drawn.")] = None,
+    temperature: Annotated[float | None, typer.Option()] = None,
+    top_k: Annotated[int | None, typer.Option()] = None,
+    top_p: Annotated[float | None, typer.Option()] = None,
+    min_p: Annotated[float | None, typer.Option()] = None,
+    repetition_penalty: Annotated[float | None, typer.Option(help="Works with --greedy too.")] = None,
+    stats: Annotated[bool, typer.Option(help="Statistics on stderr at the end.")] = True,
+) -> None:
+    """Continue a prompt; the text comes to stdout as it is made."""
+    if prompt == "-":
+        prompt = sys.stdin.read()
+    if not prompt:
+        raise ValueError("the prompt is empty: there is nothing to continue.")
+    drawing = {"seed": seed, "temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
+    drawing = {name: value for name, value in drawing.items() if value is not None}
+    if drawing and sample is False:
+        names = ", ".join(f"--{name.replace('_', '-')}" for name in drawing)
+        raise ValueError(f"--greedy with {names}: greedy decoding draws nothing; leave one of them out.")
+    options: dict[str, Any] = {"max_new_tokens": max_new_tokens, **drawing}
+    if drawing or sample is not None:
+        options["do_sample"] = bool(drawing) or sample
+    if repetition_penalty is not None:
+        options["repetition_penalty"] = repetition_penalty
+    parse(policy)  # a misspelt policy should not cost the loading of a model
+
+    import d3rt
+
+    runtime = d3rt.compile(
+        model,
+        policy=policy,
+        backend=backend,
+        dtype=dtype,
+        max_seq_len=max_seq_len,
+        threads=threads,
+        kv_fill=kv_fill,
+    )
+    if runtime.tokenizer is None:
+        raise ValueError(
+            f"model {model!r} has no tokenizer, so it cannot read text; save one into its folder."
+        )
+    if chat and not runtime.tokenizer.chat_template:
+        raise ValueError("--chat: the model's tokenizer has no chat template; leave --chat out.")
+    try:
+        messages = [{"role": "user", "content": prompt}]
+        with closing(runtime.stream(messages if chat else prompt, **options)) as pieces:
+            for piece in pieces:
+                sys.stdout.write(piece)
+                sys.stdout.flush()
+        sys.stdout.write("\n")
+    finally:
+        if stats and runtime.last_run is not None:
+            typer.echo(f"\n{runtime.last_run}", err=True)
+
+
+@_command
+def policy(
+    text: Annotated[
+        str, typer.Argument(metavar="POLICY", help="e.g. d3:alpha=0.998,start=0.5, or a .json file")
+    ],
+    layers: Annotated[int, typer.Option(help="Layers of the model.")] = 30,
+    tokens: Annotated[int, typer.Option(help="Tokens to generate.")] = 256,
+    plot: Annotated[Path | None, typer.Option(help="Draw it into this PNG or SVG.")] = None,
+) -> None:
+    """Show a policy's schedule: which layers run at which token. Loads no model."""
+    schedule = parse(text, num_layers=layers).schedule(layers, tokens)
+    typer.echo(str(schedule))
+    filling = sum(bool(plan.fill_layers) for plan in schedule.plans())
+    typer.echo(
+        f"K,V of skipped layers: {f'filled at {filling} steps' if filling else 'never read again, so never filled'}"
+    )
+    if plot is not None:
+        from d3rt.plots import plot_schedule
+
+        typer.echo(f"wrote {plot_schedule(schedule, plot)}", err=True)
+
+
+@_command
+def info(as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False) -> None:
+    """Show versions, the processor, the backends that work here, the embedded model and the policies."""
+    report = _report()
+    if as_json:
+        typer.echo(json.dumps(report, indent=2))
+        return
+    for part, entries in report.items():
+        typer.echo(part)
+        for name, value in entries.items():
+            words = (
+                ", ".join(f"{key}: {each}" for key, each in value.items())
+                if isinstance(value, dict)
+                else value
+            )
+            typer.echo(f"  {name:<14} {words}")
+
+
+def _report() -> dict[str, dict[str, Any]]:
+    from d3rt import bench
+    from d3rt.backends import availability
+    from d3rt.models import FAMILIES
+    from d3rt.models.loading import DEMO_INSTALL_COMMAND, DEMO_MODEL_NAME, demo_model_path
+
+    try:
+        embedded = str(demo_model_path())
+    except D3rtError:
+        embedded = f"not installed: {DEMO_INSTALL_COMMAND}"
+    return {
+        "versions": bench.versions(),
+        "machine": bench.machine(),
+        "backends": availability(),
+        "models": {"embedded": f"{DEMO_MODEL_NAME}, {embedded}", "families": ", ".join(FAMILIES)},
+        "policies": {
+            name: (kind.__doc__ or "").partition("\n")[0] for name, kind in known_policies().items()
+        },
+    }
+
+
+@_command
+def demo(
+    policy: Annotated[str, typer.Option(help="The policy that is compared with full depth.")] = (
+        "d3:alpha=0.998,start=0.5"
+    ),
+    prompt: Annotated[str, typer.Option(help="The user's message.")] = "What is photosynthesis?",
+    model: ModelOption = None,
+    new_tokens: Annotated[int, typer.Option(help="Tokens of each timed run.")] = 128,
+    rounds: Annotated[int, typer.Option(help="Timed rounds, at most; a slow machine makes fewer.")] = 7,
+    threads: ThreadsOption = None,
+    bf16: Annotated[bool, typer.Option("--bf16/--no-bf16", help="Also measure bfloat16.")] = True,
+    out: Annotated[Path, typer.Option(help="Where the picture and result.json go.")] = Path("out/demo"),
+    markdown: Annotated[bool, typer.Option("--markdown", help="The table as markdown.")] = False,
+) -> None:
+    """Generate with and without skipping, and compare with Hugging Face: text, tokens, time. Some two minutes."""
+    parse(policy)
+
+    from d3rt.demo import Settings, run
+
+    run(Settings(policy, prompt, model, new_tokens, rounds, threads, bf16, out, markdown))

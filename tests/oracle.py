@@ -1,0 +1,134 @@
+"""A slow, obvious generate with layer skipping, which everything else is held against.
+
+It calls the modules of a Hugging Face model one by one: one prompt at a time, one token at a time (the prompt's
+too), with a dictionary position -> (K, V) for each layer. Projections, norms, RoPE and attention are Hugging
+Face's own; nothing of d3rt's decoder or ops is used. A layer's K,V exist only where a plan ran or filled its
+attention, and reading one that does not exist raises ReadHole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from d3rt.plan import Action, Plan
+
+
+class ReadHole(AssertionError):
+    """Attention was to read K,V that no step has written."""
+
+
+class Cache:
+    """What Hugging Face's attention calls to store and fetch K,V, with nothing but what was written in it."""
+
+    def __init__(self, num_layers: int, windows: Sequence[int]):
+        self.lines: list[dict[int, tuple[Tensor, Tensor]]] = [{} for _ in range(num_layers)]
+        self.windows = windows  # 0: no window
+        self.pos = 0
+        self.only_write = False
+
+    def update(self, k: Tensor, v: Tensor, layer: int, *_, **__) -> tuple[Tensor, Tensor]:
+        """Stores K,V [1, G, 1, d] of this token; returns those its attention may see [1, G, T, d]."""
+        line = self.lines[layer]
+        line[self.pos] = k, v
+        if self.only_write:
+            return k, v
+        window = self.windows[layer]
+        first = max(0, self.pos + 1 - window) if window else 0
+        missing = [pos for pos in range(first, self.pos + 1) if pos not in line]
+        if missing:
+            raise ReadHole(f"layer {layer} at position {self.pos} reads positions {missing}, never written")
+        seen = [line[pos] for pos in range(first, self.pos + 1)]
+        return torch.cat([k for k, _ in seen], dim=2), torch.cat([v for _, v in seen], dim=2)
+
+
+@dataclass
+class Run:
+    """One prompt's generation: tokens[i] and logits[i] [V] are step i's."""
+
+    tokens: list[int]
+    logits: Tensor  # [steps, V]
+    cache: Cache
+
+    def keys(self, layer: int, pos: int) -> Tensor:
+        """K [G, d] that was written there."""
+        return self.cache.lines[layer][pos][0][0, :, 0]
+
+    def values(self, layer: int, pos: int) -> Tensor:
+        """V [G, d] that was written there."""
+        return self.cache.lines[layer][pos][1][0, :, 0]
+
+
+def windows_of(hf_config) -> list[int]:
+    """Each layer's sliding window in Hugging Face's reading of the config; 0 is none."""
+    window = getattr(hf_config, "sliding_window", None) or 0
+    types = getattr(hf_config, "layer_types", None)
+    if hf_config.model_type == "llama":
+        return [0] * hf_config.num_hidden_layers
+    if types is None:
+        return [window] * hf_config.num_hidden_layers
+    return [window if kind == "sliding_attention" else 0 for kind in types]
+
+
+@torch.no_grad()
+def generate(
+    model: PreTrainedModel, prompt: Sequence[int], plans: Sequence[Plan], forced: Sequence[int] | None = None
+) -> Run:
+    """Greedy tokens of len(plans) steps: plans[0] for every token of the prompt, plans[i] for step i.
+
+    forced: feed these tokens instead of the chosen ones; Run.tokens are then still the argmax of each step.
+    """
+    # A model cast to bfloat16 has rounded RoPE frequencies; a module made afresh has not.
+    rotary = type(model.model.rotary_emb)(model.config)
+    cache = Cache(model.config.num_hidden_layers, windows_of(model.config))
+
+    def forward(token: int, pos: int, plan: Plan) -> Tensor:
+        cache.pos = pos
+        x = model.model.embed_tokens(torch.tensor([[token]]))
+        cos_sin = rotary(x, torch.tensor([[pos]]))
+        for layer, attention, mlp in plan:
+            block = model.model.layers[layer]
+            # K,V of a filled layer are what its attention makes of x as it is; what it would give is thrown away.
+            cache.only_write = attention is Action.FILL
+            if attention in (Action.RUN, Action.FILL):
+                attended, _ = block.self_attn(
+                    hidden_states=block.input_layernorm(x),
+                    position_embeddings=cos_sin,
+                    attention_mask=None,
+                    past_key_values=cache,
+                )
+                if attention is Action.RUN:
+                    x = x + attended
+            if mlp is Action.RUN:
+                x = x + block.mlp(block.post_attention_layernorm(x))
+        return model.lm_head(model.model.norm(x))[0, 0]
+
+    for pos, token in enumerate(prompt):
+        logits = [forward(token, pos, plans[0])]
+    tokens = [int(logits[0].argmax())]
+    for step, plan in enumerate(plans[1:], 1):
+        fed = tokens[-1] if forced is None else forced[step - 1]
+        logits.append(forward(fed, len(prompt) + step - 1, plan))
+        tokens.append(int(logits[-1].argmax()))
+    return Run(tokens, torch.stack(logits), cache)
+
+
+def excess(ours: Tensor, same_dtype: Tensor, exact: Tensor, dtype: torch.dtype) -> float:
+    """How far the error of `ours` exceeds what is allowed to a run in `dtype`; at most 1 is right.
+
+    Allowed is twice the error of plain torch in that dtype, both against wider arithmetic, plus 4 eps of the values'
+    size (a few roundings), so that a lucky torch run does not ask for more luck. Errors are root mean squares over
+    all that is given: the largest of them depends on which step happens to be ill-conditioned, the mean does not,
+    and one wrong value in ten thousand still stands out of it.
+    """
+
+    def rms(values: Tensor) -> float:
+        return values.double().square().mean().sqrt().item()
+
+    exact = exact.double()
+    allowed = 2 * rms(same_dtype - exact) + 4 * torch.finfo(dtype).eps * rms(exact)
+    return rms(ours - exact) / allowed
