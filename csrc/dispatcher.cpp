@@ -1,5 +1,7 @@
 #include "dispatcher.h"
 
+#include <unistd.h>
+
 #include <algorithm>
 #include <chrono>
 
@@ -17,7 +19,7 @@ std::chrono::duration<double> at_most(double seconds) {
 
 Dispatcher::Dispatcher(TensorView token, TensorView pos, TensorView logits, TensorView filled,
                        const cpu::Kernels& kernels)
-    : token_(token), pos_(pos), logits_(logits), filled_(filled), kernels_(kernels) {
+    : token_(token), pos_(pos), logits_(logits), filled_(filled), kernels_(kernels), owner_pid_(getpid()) {
   check_view("dispatcher", "token", token, DType::i32, {-1});
   batch_ = token.size(0);
   check_view("dispatcher", "pos", pos, DType::i32, {batch_});
@@ -28,7 +30,14 @@ Dispatcher::Dispatcher(TensorView token, TensorView pos, TensorView logits, Tens
   finished_.assign(static_cast<size_t>(batch_), false);
 }
 
-Dispatcher::~Dispatcher() { cancel(); }
+Dispatcher::~Dispatcher() {
+  if (getpid() !=
+      owner_pid_) {  // a forked child has not got the thread, only a stale handle that cannot be joined
+    static_cast<void>(new std::thread(std::move(thread_)));
+    return;
+  }
+  cancel();
+}
 
 int Dispatcher::add(std::shared_ptr<Tape> tape, std::vector<int> reads, std::vector<int> fills) {
   std::lock_guard<std::mutex> turn(control_);

@@ -77,6 +77,7 @@ class Dispatcher {
 
   TensorView token_, pos_, logits_, filled_;
   const cpu::Kernels& kernels_;
+  const int owner_pid_;
   int64_t batch_, vocab_size_, num_layers_;
   std::vector<Program> programs_;
   std::vector<bool> finished_;

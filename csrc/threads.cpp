@@ -43,9 +43,11 @@ ThreadPool::ThreadPool(int num_threads) : num_threads_(num_threads), owner_pid_(
 }
 
 ThreadPool::~ThreadPool() {
-  if (getpid() != owner_pid_) {  // a forked child has no workers to join, only their handles
-    for (auto& worker : workers_) worker.detach();
-    static_cast<void>(parking_.release());  // its destructor would wait for the workers that wait on it
+  if (getpid() != owner_pid_) {
+    // A forked child has no workers, only stale handles: neither they nor what the workers wait on can be
+    // destroyed.
+    static_cast<void>(new std::vector<std::thread>(std::move(workers_)));
+    static_cast<void>(parking_.release());
     return;
   }
   end_workers();

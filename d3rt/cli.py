@@ -214,8 +214,10 @@ def demo(
     ),
     prompt: Annotated[str, typer.Option(help="The user's message.")] = "What is photosynthesis?",
     model: ModelOption = None,
-    new_tokens: Annotated[int, typer.Option(help="Tokens of each timed run.")] = 128,
-    rounds: Annotated[int, typer.Option(help="Timed rounds, at most; a slow machine makes fewer.")] = 7,
+    new_tokens: Annotated[int, typer.Option(min=2, help="Tokens of each timed run.")] = 128,
+    rounds: Annotated[
+        int, typer.Option(min=1, help="Timed rounds, at most; a slow machine makes fewer.")
+    ] = 7,
     threads: ThreadsOption = None,
     bf16: Annotated[bool, typer.Option("--bf16/--no-bf16", help="Also measure bfloat16.")] = True,
     out: Annotated[Path, typer.Option(help="Where the picture and result.json go.")] = Path("out/demo"),

@@ -297,6 +297,9 @@ def _checked_inputs(config, options, inputs, attention_mask) -> tuple[Tensor, Te
             raise ValueError(
                 f"attention_mask of row {row} has padding after a token: decoding needs left padding "
                 "(tokenizer.padding_side = 'left')."
+                if attention_mask is not None
+                else f"row {row} holds pad_token_id={pad} after another token, and without an attention_mask pad "
+                "tokens count as padding, which must be on the left; pass attention_mask."
             )
     return ids, mask
 

@@ -444,20 +444,27 @@ class Runtime:
             layers=tuple(text[plan] for plan in ran),
             weight_bytes=(head, *(bytes_of[plan] for plan in ran[1:])),
             full_weight_bytes=self._decoder.step_bytes(Plan.of(LayerSet.full(layers))),
-            kv_bytes=(0, *(self._kv_bytes(plan, lengths, step) for step, plan in enumerate(ran[1:], 1))),
+            kv_bytes=(0, *self._kv_bytes(ran[1:], lengths, rows.buffers.pos.tolist())),
             prefill_seconds=prefill_seconds,
             step_seconds=tuple(step_seconds),
         )
 
-    def _kv_bytes(self, plan: Plan, lengths: Sequence[int], step: int) -> int:
-        """K,V bytes that decode step `step` reads: at step 1 the prompt and one token more."""
+    def _kv_bytes(self, ran: Sequence[Plan], lengths: Sequence[int], ends: Sequence[int]) -> Iterator[int]:
+        """K,V bytes that each decode step read: at step 1 a prompt of `lengths` and one token more. A row that has
+        finished stands still at its position in `ends`."""
         c = self.config
         line = 2 * c.num_key_value_heads * c.head_dim * self._cache.k.element_size()
-        return sum(
-            line * min(length + step, c.sliding_windows[layer] or length + step)
-            for layer in plan.layer_set.attention_layers
-            for length in lengths
-        )
+        windows = {
+            plan: Counter(c.sliding_windows[layer] for layer in plan.layer_set.attention_layers)
+            for plan in set(ran)
+        }
+        for step, plan in enumerate(ran, 1):
+            reach = [min(length + step, end + 1) for length, end in zip(lengths, ends, strict=True)]
+            yield line * sum(
+                count * min(positions, window or positions)
+                for window, count in windows[plan].items()
+                for positions in reach
+            )
 
     # -- what is recorded, and what it takes ---------------------------------------------------------------------
 
