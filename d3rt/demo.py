@@ -84,7 +84,7 @@ class Row:
 
 
 COLUMNS = (
-    *("", "weights", "tokens/s", "mean depth", "bytes read", "expected speed-up"),
+    *("", "dtype", "tokens/s", "mean depth", "bytes read", "expected speed-up"),
     *("against full depth", "against HF"),
 )
 SHORT = {"float32": "fp32", "bfloat16": "bf16"}
@@ -260,7 +260,13 @@ def _say_whether_equal(screen: Console, same: int, asked: int) -> None:
 
 def _table(rows: Sequence[Row], settings: Settings) -> Table:
     title = f"decode speed, prefill left out: median (lowest-highest round)\nskipping is {settings.policy}"
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1))
+    table = Table(
+        title=title,
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+        show_edge=False,  # 80 columns are just enough
+    )
     for at, column in enumerate(COLUMNS):
         table.add_column(column.replace(" ", "\n", 1), justify="left" if at < 2 else "right", no_wrap=True)
     for at, row in enumerate(rows):

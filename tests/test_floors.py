@@ -1,0 +1,88 @@
+"""Imports go down only. The floors are those of README "Design"; the higher a floor, the more it may know."""
+
+from __future__ import annotations
+
+import ast
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+FLOORS = {
+    0: ("d3rt", "d3rt.config", "d3rt.plan", "d3rt.policies", "d3rt.sampling", "d3rt.errors"),
+    1: ("d3rt.kernels", "d3rt._C", "d3rt.kv_cache"),
+    2: ("d3rt.backends",),
+    3: ("d3rt.models", "d3rt.generation", "d3rt.result", "d3rt.memory", "d3rt.detokenizer"),
+    4: ("d3rt.runtime",),
+    5: ("d3rt.cli", "d3rt.__main__", "d3rt.demo", "d3rt.bench", "d3rt.plots"),
+}
+FLOOR_OF = {name: floor for floor, names in FLOORS.items() for name in names}
+FILES = {
+    **{
+        path: ".".join(path.relative_to(ROOT).with_suffix("").parts)
+        for path in sorted(ROOT.glob("d3rt/**/*.py"))
+    },
+    **{path: "d3rt.kernels." + path.stem for path in sorted(ROOT.glob("kernels/**/*.py"))},
+}
+
+
+def floor_of(module: str) -> int:
+    """The floor of a module, or of the nearest package above it that has one; KeyError for a stranger."""
+    return (
+        FLOOR_OF[module]
+        if module in FLOOR_OF or "." not in module[5:]
+        else floor_of(module.rpartition(".")[0])
+    )
+
+
+def imports(path: Path) -> Iterator[str]:
+    """Every imported module, in functions too; not those that only type checkers see."""
+    unseen = [ast.parse(path.read_text(encoding="utf-8"))]
+    while unseen:
+        node = unseen.pop()
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            unseen += node.orelse
+            continue
+        unseen += ast.iter_child_nodes(node)
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.level, f"{path}: relative import"
+            for (
+                alias
+            ) in node.names:  # `from d3rt import bench` imports a module, `from d3rt import D3` does not
+                whole = f"{node.module}.{alias.name}"
+                yield whole if whole in FLOOR_OF or whole in FILES.values() else node.module
+
+
+def module_of(path: Path) -> str:
+    return FILES[path].removesuffix(".__init__")
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_go_down_only(path):
+    module = module_of(path)
+    for name in imports(path):
+        top = name.partition(".")[0]
+        if top == "d3rt" and name != "d3rt":
+            assert floor_of(name) <= floor_of(module), f"{module} imports {name}, which is on a higher floor"
+        if top == "d3rt" and name == "d3rt":
+            assert floor_of(module) == 5, f"{module} imports the public package, which is made of it"
+        if floor_of(module) == 0 and top != "d3rt":
+            assert top in sys.stdlib_module_names, (
+                f"{module} is of the standard library only, but imports {name}"
+            )
+        if name == "d3rt._C":
+            assert module == "d3rt.backends.cpu", f"{module}: only d3rt.backends.cpu may import the extension"
+        if top == "triton":
+            assert module == "d3rt.backends.cuda" or module.startswith("d3rt.kernels."), (
+                f"{module} imports triton"
+            )
+
+
+def test_the_test_sees_every_file_and_every_floor_exists():
+    assert len(FILES) > 25
+    modules = {module_of(path) for path in FILES} | {"d3rt._C"}
+    assert set(FLOOR_OF) <= modules
