@@ -1,0 +1,116 @@
+"""Runs one op of a case natively (a tape of its own), by the reference, and in float64: what the kernel tests compare.
+
+Also the tolerance they share. Everything comes from d3rt.kernels.cases; nothing here knows an op by name.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from unittest import mock
+
+import torch
+from d3rt.kernels import cases, reference
+from d3rt.kernels.cases import Case
+from torch import Tensor
+
+from d3rt import _C
+
+ISAS = _C.available_isas()
+EPS = torch.finfo(torch.float32).eps
+# A float32 value rounded to bfloat16's 8 significant bits moves by at most half a unit in the last place.
+BF16_ROUNDING = 2.0**-8
+
+
+@cache
+def pool(threads: int):
+    return _C.ThreadPool(threads)
+
+
+def arena_of(*tensors: Tensor):
+    arena = _C.Arena()
+    for tensor in tensors:
+        arena.add(tensor)
+    return arena
+
+
+def new_tape(arena, isa: str = "", threads: int = 1):
+    return _C.Tape(pool(threads), arena, isa)
+
+
+def run_native(case: Case, arguments: dict, isa: str = "", threads: int = 1) -> None:
+    """Records the op on buffers that the arena owns, and replays it once."""
+    tape = new_tape(arena_of(*(tensor for _, tensor in cases.tensors(arguments))), isa, threads)
+    cases.call(tape, case, arguments)
+    tape.replay()
+
+
+def native(case: Case, isa: str = "", threads: int = 1, slack: int = 0) -> dict[str, Tensor]:
+    """The op's outputs from the native kernel."""
+    arguments = cases.make(case, slack=slack)
+    run_native(case, arguments, isa, threads)
+    return cases.outputs(case, arguments)
+
+
+def _converted(arguments: dict, dtype: torch.dtype, caches_only: bool = False) -> dict:
+    def convert(name: str, value):
+        if isinstance(value, list):
+            return [
+                reference.FillLayer(*(convert(*item) for item in layer._asdict().items())) for layer in value
+            ]
+        wanted = isinstance(value, Tensor) and value.is_floating_point()
+        return value.to(dtype) if wanted and (name.endswith("_cache") or not caches_only) else value
+
+    return {name: convert(name, value) for name, value in arguments.items()}
+
+
+@cache
+def exact(case: Case) -> dict[str, Tensor]:
+    """The op's outputs by its definition, with every tensor and all arithmetic in float64."""
+    arguments = _converted(cases.make(case), torch.float64)
+    with mock.patch.object(
+        torch.Tensor, "float", torch.Tensor.double
+    ):  # reference widens weights by .float()
+        cases.call(reference, case, arguments)
+    return cases.outputs(case, arguments)
+
+
+@cache
+def bounds(case: Case) -> dict[str, Tensor]:
+    """How far each output element may be from `exact`: twice the largest error that torch's float32 makes on the same
+    numbers, plus 4 eps of the largest value, for tensors so small that torch's own error is 0 by luck (the most that
+    was needed of it is 0.9 eps). Where the output is kept in bfloat16, its last rounding comes on top."""
+    arguments = _converted(
+        cases.make(case), torch.float32, caches_only=True
+    )  # torch's error without rounding
+    cases.call(reference, case, arguments)
+    torch_outputs = cases.outputs(case, arguments)
+    allowed = {}
+    for name, value in exact(case).items():
+        arithmetic = 2 * (torch_outputs[name] - value).abs().max() + 4 * EPS * value.abs().max()
+        rounded = name.endswith("_cache") and case.dtype == torch.bfloat16
+        allowed[name] = arithmetic + BF16_ROUNDING * value.abs() * rounded
+    return allowed
+
+
+def assert_close(case: Case, got: dict[str, Tensor]) -> None:
+    """`got` within the bounds of `exact`; NaN is never close."""
+    for name, value in exact(case).items():
+        error = (got[name].double() - value).abs()
+        worst = float((error / bounds(case)[name].clamp(min=1e-300)).max())
+        assert worst <= 1.0, (
+            f"{case} {name}: off by {worst:.2f} times what is allowed, {float(error.max()):.3g}"
+        )
+
+
+def storage_bits(tensor: Tensor) -> Tensor:
+    """The whole storage under a tensor as integers, so that NaN equals itself; a copy."""
+    flat = torch.empty(0, dtype=tensor.dtype).set_(tensor.untyped_storage())
+    return flat.view(torch.int16 if tensor.dtype == torch.bfloat16 else torch.int32).clone()
+
+
+def owned_bits(case: Case, name: str, tensor: Tensor) -> Tensor:
+    """Mask over `storage_bits(tensor)` of the elements that output `name` of the op owns."""
+    mask = torch.zeros(storage_bits(tensor).shape, dtype=torch.bool)
+    view = mask.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
+    view[cases.owned(case, name)] = True
+    return mask
