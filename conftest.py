@@ -1,8 +1,7 @@
 """Keeps the repository root off sys.path while tests run.
 
-`python -m pytest` and PYTHONPATH=. put it there, and then the top-level folder kernels/ stands where
-transformers looks for Hugging Face's package of that name. d3rt itself comes from its (editable)
-installation, kernels/ as d3rt.kernels.
+`python -m pytest` and PYTHONPATH=. put it there, where the folder kernels/ has the name of a package of Hugging
+Face's. d3rt itself comes from its (editable) installation, kernels/ as d3rt.kernels.
 """
 
 import importlib.util

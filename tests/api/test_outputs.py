@@ -3,7 +3,9 @@
 import pytest
 import stories260k
 import torch
+import transformers
 from api_models import BACKENDS, assert_same, batch, compiled, ids, shared_model
+from packaging import version
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 import d3rt
@@ -63,6 +65,10 @@ def test_logits_are_hugging_faces(fast):
     assert_close(ours.logits, theirs.logits)
 
 
+@pytest.mark.skipif(
+    version.parse(transformers.__version__) < version.parse("5.23"),
+    reason="transformers below 5.23 counts left padding among the tokens that repetition_penalty has seen",
+)
 def test_scores_are_processed_and_logits_are_not(fast):
     call = dict(output_scores=True, output_logits=True, repetition_penalty=1.4, suppress_tokens=[5, 6])
     ours, theirs = both(fast, **call)

@@ -17,7 +17,7 @@ CHECK_NEON = Path(__file__).parents[1] / "csrc" / "check_neon.sh"
 def python(code, **environment):
     """Runs code in a new interpreter, away from the repository root."""
     return subprocess.run(
-        [sys.executable, "-P", "-c", code],
+        [sys.executable, "-c", code],
         env=os.environ | environment,
         capture_output=True,
         text=True,

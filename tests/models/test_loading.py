@@ -137,7 +137,9 @@ class TestDemoModel:
     @pytest.mark.slow
     def test_its_weights_equal_those_that_transformers_reads(self, demo):
         pytest.importorskip("accelerate", reason="accelerate is not installed")
-        reference = loading._gguf_by_transformers(loading.demo_model_path(), "llama", torch.float32).state_dict()
+        reference = loading._gguf_by_transformers(
+            loading.demo_model_path(), "llama", torch.float32
+        ).state_dict()
         ours = demo[0].state_dict()
         assert ours.keys() == reference.keys()
         assert all(torch.equal(ours[name], reference[name]) for name in ours)

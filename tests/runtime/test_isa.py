@@ -47,7 +47,7 @@ assert oracle.excess(torch.stack(out.logits, dim=1), same, exact, dtype) <= 1
 @pytest.mark.parametrize("isa", _C.available_isas())
 def test_an_instruction_set_gives_the_models_tokens(isa):
     environment = os.environ | {"D3RT_CPU_ISA": isa, "PYTHONPATH": str(TESTS)}
-    command = [sys.executable, "-P", "-c", SCRIPT]
+    command = [sys.executable, "-c", SCRIPT]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=TESTS)
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == [isa]
