@@ -1,8 +1,8 @@
 """The definition of each op (reference.py), the cases they are tested and timed on, and how weights are packed.
 
 Lives at the top of the repository and is installed as `d3rt.kernels`. Where the repository root is on sys.path (Python
-was started there with -c, -m or a prompt), this folder is found as the top-level package `kernels`, which is the name of
-a package of Hugging Face's that transformers looks for. Then it steps aside: for that package, if it is installed, and
+was started there with -c, -m or a prompt), this folder is found as the top-level package `kernels`, the name of a
+package of Hugging Face's that transformers looks for. Then it steps aside: for that package, if it is installed, and
 else for an empty module, which transformers takes for none.
 """
 
