@@ -20,8 +20,11 @@ DType dtype_of(const py::object& tensor) {
   const std::string name = py::str(tensor.attr("dtype"));
   if (name == "torch.float32") return DType::f32;
   if (name == "torch.bfloat16") return DType::bf16;
+  if (name == "torch.float16") return DType::f16;
   if (name == "torch.int32") return DType::i32;
-  throw InvalidArgument("a tensor of " + name + ": the cpu kernels take float32, bfloat16 and int32");
+  if (name == "torch.int8" || name == "torch.uint8") return DType::byte;
+  throw InvalidArgument("a tensor of " + name +
+                        ": the cpu kernels take float32, bfloat16, float16, int32 and int8");
 }
 
 TensorView view_of(const py::object& tensor) {
@@ -34,7 +37,7 @@ TensorView view_of(const py::object& tensor) {
   const auto sizes = py::tuple(tensor.attr("shape"));
   const auto strides = py::tuple(tensor.attr("stride")());
   if (sizes.size() > TensorView::kMaxDims)
-    throw InvalidArgument("a tensor of " + std::to_string(sizes.size()) + " dimensions: at most 4");
+    throw InvalidArgument("a tensor of " + std::to_string(sizes.size()) + " dimensions: at most 5");
   view.ndim = static_cast<int>(sizes.size());
   for (size_t i = 0; i < sizes.size(); ++i) {
     view.sizes[i] = sizes[i].cast<int64_t>();
@@ -59,6 +62,21 @@ class TensorArena : public Arena {
     const auto known = views_.find(tensor.ptr());
     return known != views_.end() ? known->second : view_of(tensor);
   }
+  // A weight: a tensor, or a d3rt.kernels.packing.PackedMatrix.
+  MatrixView matrix(const py::object& weight) const {
+    MatrixView matrix;
+    if (!py::hasattr(weight, "scales")) {
+      matrix.data = view(weight);
+      return matrix;
+    }
+    matrix.format = weight.attr("format").cast<std::string>();
+    matrix.rows = weight.attr("rows").cast<int64_t>();
+    matrix.cols = weight.attr("cols").cast<int64_t>();
+    matrix.data = view(weight.attr("data"));
+    matrix.scales = view(weight.attr("scales"));
+    matrix.minima = view(weight.attr("minima"));
+    return matrix;
+  }
 
  private:
   std::vector<py::object> kept_;
@@ -71,6 +89,7 @@ class TensorTape : public Tape {
   TensorTape(std::shared_ptr<ThreadPool> pool, std::shared_ptr<TensorArena> arena, const std::string& isa)
       : Tape(std::move(pool), arena, cpu::kernels_for(isa)), arena_(std::move(arena)) {}
   TensorView view(const py::object& tensor) const { return arena_->view(tensor); }
+  MatrixView matrix(const py::object& weight) const { return arena_->matrix(weight); }
 
  private:
   std::shared_ptr<TensorArena> arena_;
@@ -109,8 +128,10 @@ void record_kv_fill(TensorTape& tape, const py::sequence& layers, T x, T cos, T 
     const auto layer = py::reinterpret_borrow<py::tuple>(item);
     if (layer.size() != 8)
       throw InvalidArgument("kv_fill: a layer is (k_cache, v_cache, norm, wk, wv, bk, bv, k_norm)");
-    const auto at = [&](size_t i) { return tape.view(py::reinterpret_borrow<py::object>(layer[i])); };
-    op.layers.push_back({at(0), at(1), at(2), at(3), at(4), at(5), at(6), at(7)});
+    const auto item_at = [&](size_t i) { return py::reinterpret_borrow<py::object>(layer[i]); };
+    const auto at = [&](size_t i) { return tape.view(item_at(i)); };
+    op.layers.push_back(
+        {at(0), at(1), at(2), tape.matrix(item_at(3)), tape.matrix(item_at(4)), at(5), at(6), at(7)});
   }
   tape.record(op);
 }
@@ -152,7 +173,7 @@ PYBIND11_MODULE(_C, m) {
       .def(
           "embed",
           [](TensorTape& t, T x, T token, T table) {
-            t.record(Embed{t.view(x), t.view(token), t.view(table)});
+            t.record(Embed{t.view(x), t.view(token), t.matrix(table)});
           },
           py::arg("x"), py::arg("token"), py::arg("table"))
       .def(
@@ -160,7 +181,7 @@ PYBIND11_MODULE(_C, m) {
           [](TensorTape& t, T q, T k_cache, T v_cache, T x, T norm, T wq, T wk, T wv, T bq, T bk, T bv,
              T q_norm, T k_norm, T cos, T sin, T pos, float eps) {
             t.record(NormQkvRope{t.view(q), t.view(k_cache), t.view(v_cache), t.view(x), t.view(norm),
-                                 t.view(wq), t.view(wk), t.view(wv), t.view(bq), t.view(bk), t.view(bv),
+                                 t.matrix(wq), t.matrix(wk), t.matrix(wv), t.view(bq), t.view(bk), t.view(bv),
                                  t.view(q_norm), t.view(k_norm), t.view(cos), t.view(sin), t.view(pos), eps});
           },
           py::arg("q"), py::arg("k_cache"), py::arg("v_cache"), py::arg("x"), py::arg("norm"), py::arg("wq"),
@@ -177,13 +198,13 @@ PYBIND11_MODULE(_C, m) {
       .def(
           "proj_add",
           [](TensorTape& t, T x, T a, T w, T bias) {
-            t.record(ProjAdd{t.view(x), t.view(a), t.view(w), t.view(bias)});
+            t.record(ProjAdd{t.view(x), t.view(a), t.matrix(w), t.view(bias)});
           },
           py::arg("x"), py::arg("a"), py::arg("w"), py::arg("bias"))
       .def(
           "norm_gate_up",
           [](TensorTape& t, T h, T x, T norm, T w_gate, T w_up, T b_gate, T b_up, float eps) {
-            t.record(NormGateUp{t.view(h), t.view(x), t.view(norm), t.view(w_gate), t.view(w_up),
+            t.record(NormGateUp{t.view(h), t.view(x), t.view(norm), t.matrix(w_gate), t.matrix(w_up),
                                 t.view(b_gate), t.view(b_up), eps});
           },
           py::arg("h"), py::arg("x"), py::arg("norm"), py::arg("w_gate"), py::arg("w_up"), py::arg("b_gate"),
@@ -193,9 +214,24 @@ PYBIND11_MODULE(_C, m) {
       .def(
           "norm_logits",
           [](TensorTape& t, T logits, T x, T norm, T w, float eps) {
-            t.record(NormLogits{t.view(logits), t.view(x), t.view(norm), t.view(w), eps});
+            t.record(NormLogits{t.view(logits), t.view(x), t.view(norm), t.matrix(w), eps});
           },
           py::arg("logits"), py::arg("x"), py::arg("norm"), py::arg("w"), py::arg("eps"));
+
+  m.def(
+      "linear",
+      [](std::shared_ptr<ThreadPool> pool, T out, T a, T w, const std::string& isa) {
+        auto arena = std::make_shared<TensorArena>();
+        for (T tensor : {out, a}) arena->add(tensor);
+        for (const char* part : {"data", "scales", "minima"})
+          if (!w.attr(part).is_none()) arena->add(w.attr(part));
+        Tape tape(std::move(pool), arena, cpu::kernels_for(isa));
+        tape.record(Linear{arena->view(out), arena->view(a), arena->matrix(w)});
+        py::gil_scoped_release release;
+        tape.replay();
+      },
+      py::arg("pool"), py::arg("out"), py::arg("a"), py::arg("w"), py::arg("isa") = "",
+      "out [T, N] = a [T, K] times a PackedMatrix [N, K]^T, at once.");
 
   py::class_<SamplingParams>(m, "SamplingParams")
       .def(py::init([](bool do_sample, float temperature, int64_t top_k, double top_p, double min_p,

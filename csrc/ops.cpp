@@ -55,15 +55,48 @@ class Binder {
   cpu::Store store(const char* name, const TensorView& view) const {
     if (view && view.dtype == DType::f32) return cpu::Store::f32;
     if (view && view.dtype == DType::bf16) return cpu::Store::bf16;
+    if (view && view.dtype == DType::f16) return cpu::Store::f16;
     refuse(std::string(name) + " is " + (view ? view.describe() : "missing") +
-           ", but must be float32 or bfloat16");
+           ", but must be float32, bfloat16 or float16");
   }
-  cpu::Matrix matrix(const char* name, const TensorView& w, int64_t rows, int64_t cols,
+  // rows, cols: -1 accepts any number.
+  cpu::Matrix matrix(const char* name, const MatrixView& w, int64_t rows, int64_t cols,
                      const TensorView& bias = {}) const {
-    const cpu::Store kept = store(name, w);
-    check_view(op_, name, w, w.dtype, {rows, cols}, false);
-    return {
-        own(name, w).data, w.size(0), w.size(1), w.strides[0], optional_f32("bias", bias, {w.size(0)}), kept};
+    if (!w.format.empty()) return packed(name, w, rows, cols, bias);
+    const cpu::Store kept = store(name, w.data);
+    check_view(op_, name, w.data, w.data.dtype, {rows, cols}, false);
+    const int64_t found = w.data.size(0);
+    return {own(name, w.data).data,
+            found,
+            w.data.size(1),
+            w.data.strides[0],
+            optional_f32("bias", bias, {found}),
+            kept,
+            nullptr,
+            nullptr};
+  }
+  cpu::Matrix packed(const char* name, const MatrixView& w, int64_t rows, int64_t cols,
+                     const TensorView& bias) const {
+    const bool is_int8 = w.format == "int8";
+    if (!is_int8 && w.format != "int4")
+      refuse(std::string(name) + " is packed as '" + w.format + "', which is unknown");
+    if ((rows >= 0 && rows != w.rows) || (cols >= 0 && cols != w.cols) || w.cols % cpu::kGroup)
+      refuse(std::string(name) + " is packed [" + std::to_string(w.rows) + ", " + std::to_string(w.cols) +
+             "], but must be [" + (rows < 0 ? "*" : std::to_string(rows)) + ", " +
+             (cols < 0 ? "*" : std::to_string(cols)) + "], columns a multiple of " +
+             std::to_string(cpu::kGroup));
+    const int64_t tiles = (w.rows + cpu::kTileRows - 1) / cpu::kTileRows, groups = w.cols / cpu::kGroup;
+    check_view(op_, name, w.data, DType::byte, {tiles, groups, is_int8 ? 8 : 4, cpu::kTileRows, 4});
+    check_view(op_, name, w.scales, DType::f16, {tiles, groups, cpu::kTileRows});
+    if (w.minima) check_view(op_, name, w.minima, DType::f16, {tiles, groups, cpu::kTileRows});
+    return {own(name, w.data).data,
+            w.rows,
+            w.cols,
+            w.cols,
+            optional_f32("bias", bias, {w.rows}),
+            is_int8 ? cpu::Store::int8 : cpu::Store::int4,
+            own(name, w.scales).ptr<cpu::f16>(),
+            w.minima ? own(name, w.minima).ptr<cpu::f16>() : nullptr};
   }
   cpu::Cache cache(const TensorView& k, const TensorView& v, int64_t B, int64_t G, int64_t S,
                    int64_t d) const {
@@ -93,6 +126,10 @@ class Binder {
   const char* op_;
   const Arena& arena_;
 };
+
+// What a thread needs for quantised activations, and for normed ones (cpu/gemv.h: prepare, norm_input).
+int64_t quantised_floats(int64_t B, int64_t cols) { return B * cols / 16 * cpu::kQuantisedFloatsPer16; }
+int64_t norm_scratch(int64_t B, int64_t D) { return B * D + quantised_floats(B, D); }
 
 // A guard: every index[b] must lie in [0, limit).
 std::function<void()> guard_range(const char* op, const char* name, const int32_t* index, int64_t count,
@@ -124,13 +161,11 @@ Node bind(const Embed& op, const Arena& arena, const cpu::Kernels& kernels, int)
   cpu::EmbedArgs args{};
   args.x = to.f32("x", op.x, {B, -1});
   args.token = to.i32("token", op.token, {B});
-  const cpu::Matrix table = to.matrix("table", op.table, -1, op.x.size(1));
-  args.table = table.data;
-  args.stride = table.stride;
-  args.store = table.store;
+  args.table = to.matrix("table", op.table, -1, op.x.size(1));
   args.B = static_cast<int>(B);
   args.D = static_cast<int>(op.x.size(1));
-  return node("embed", 1, 0, kernels.embed, args, guard_range("embed", "token", args.token, B, table.rows));
+  return node("embed", 1, 0, kernels.embed, args,
+              guard_range("embed", "token", args.token, B, args.table.rows));
 }
 
 Node bind(const NormQkvRope& op, const Arena& arena, const cpu::Kernels& kernels, int num_threads) {
@@ -157,7 +192,8 @@ Node bind(const NormQkvRope& op, const Arena& arena, const cpu::Kernels& kernels
   args.H = static_cast<int>(H);
   args.G = static_cast<int>(G);
   args.d = static_cast<int>(d);
-  return node("norm_qkv_rope", 2, B * (H + 2 * G) * d + num_threads * B * D, kernels.norm_qkv_rope, args,
+  return node("norm_qkv_rope", 2, B * (H + 2 * G) * d + num_threads * norm_scratch(B, D),
+              kernels.norm_qkv_rope, args,
               guard_range("norm_qkv_rope", "pos", args.rope.pos, B, std::min(S, op.cos.size(0))));
 }
 
@@ -188,7 +224,7 @@ Node bind(const Attention& op, const Arena& arena, const cpu::Kernels& kernels, 
               guard_range("attention", "pos", args.pos, B, S));
 }
 
-Node bind(const ProjAdd& op, const Arena& arena, const cpu::Kernels& kernels, int) {
+Node bind(const ProjAdd& op, const Arena& arena, const cpu::Kernels& kernels, int num_threads) {
   const Binder to("proj_add", arena);
   const int64_t B = to.batch(op.x);
   cpu::ProjAddArgs args{};
@@ -196,7 +232,7 @@ Node bind(const ProjAdd& op, const Arena& arena, const cpu::Kernels& kernels, in
   args.a = to.f32("a", op.a, {B, -1});
   args.w = to.matrix("w", op.w, op.x.size(1), op.a.size(1), op.bias);
   args.B = static_cast<int>(B);
-  return node("proj_add", 1, 0, kernels.proj_add, args);
+  return node("proj_add", 1, num_threads * quantised_floats(B, args.w.cols), kernels.proj_add, args);
 }
 
 Node bind(const NormGateUp& op, const Arena& arena, const cpu::Kernels& kernels, int num_threads) {
@@ -213,7 +249,9 @@ Node bind(const NormGateUp& op, const Arena& arena, const cpu::Kernels& kernels,
   args.B = static_cast<int>(B);
   args.D = static_cast<int>(D);
   args.F = static_cast<int>(F);
-  return node("norm_gate_up", 1, num_threads * B * D, kernels.norm_gate_up, args);
+  if ((args.gate.store >= cpu::Store::int8) != (args.up.store >= cpu::Store::int8))
+    to.refuse("w_gate and w_up must both be packed, or neither");
+  return node("norm_gate_up", 1, num_threads * norm_scratch(B, D), kernels.norm_gate_up, args);
 }
 
 Node bind(const KvFill& op, const Arena& arena, const cpu::Kernels& kernels, int num_threads) {
@@ -244,8 +282,9 @@ Node bind(const KvFill& op, const Arena& arena, const cpu::Kernels& kernels, int
   args.D = static_cast<int>(D);
   args.G = static_cast<int>(G);
   args.d = static_cast<int>(d);
-  Node filled = node("kv_fill", 2, args.num_layers * B * 2 * G * d + num_threads * B * D, kernels.kv_fill,
-                     args, guard_range("kv_fill", "pos", args.rope.pos, B, std::min(S, op.cos.size(0))));
+  Node filled =
+      node("kv_fill", 2, args.num_layers * B * 2 * G * d + num_threads * norm_scratch(B, D), kernels.kv_fill,
+           args, guard_range("kv_fill", "pos", args.rope.pos, B, std::min(S, op.cos.size(0))));
   filled.run = [layers, run = std::move(filled.run)](float* scratch, int phase, int thread, int num_threads) {
     run(scratch, phase, thread, num_threads);  // `layers` lives as long as the node
   };
@@ -264,7 +303,19 @@ Node bind(const NormLogits& op, const Arena& arena, const cpu::Kernels& kernels,
   args.eps = op.eps;
   args.B = static_cast<int>(B);
   args.D = static_cast<int>(D);
-  return node("norm_logits", 1, num_threads * B * D, kernels.norm_logits, args);
+  return node("norm_logits", 1, num_threads * norm_scratch(B, D), kernels.norm_logits, args);
+}
+
+Node bind(const Linear& op, const Arena& arena, const cpu::Kernels& kernels, int) {
+  const Binder to("linear", arena);
+  cpu::LinearArgs args{};
+  args.a = to.f32("a", op.a, {-1, -1});
+  const int64_t T = op.a.size(0);
+  args.out = to.f32("out", op.out, {T, -1});
+  if (op.w.format.empty()) to.refuse("w must be packed; plain weights go through torch");
+  args.w = to.matrix("w", op.w, op.out.size(1), op.a.size(1));
+  args.T = static_cast<int>(T);
+  return node("linear", 2, quantised_floats(T, args.w.cols), kernels.linear, args);
 }
 
 }  // namespace d3rt

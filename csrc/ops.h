@@ -2,8 +2,8 @@
 // A decode step is a list of these. Each writes into its out buffers, allocates nothing, and reads token and
 // pos from buffers, so that it can be recorded once and replayed. The definition of each is
 // kernels/reference.py. Shape letters: B slots, S max_seq_len, D hidden_size, H num_attention_heads, G
-// num_key_value_heads, d head_dim, F intermediate_size, V vocab_size. "W" is a weight, float32 or bfloat16;
-// the cache is float32 or bfloat16; all other buffers are float32, and so is all arithmetic. [] marks a view
+// num_key_value_heads, d head_dim, F intermediate_size, V vocab_size. "W" is a weight: float32, bfloat16,
+// float16, or packed int8 or int4; the cache is a float type; all other buffers are float32. [] marks a view
 // that may be missing.
 #pragma once
 
@@ -17,11 +17,22 @@
 
 namespace d3rt {
 
+// A weight matrix: a plain tensor, or a packed one (int8 or int4 in tiles: cpu/args.h).
+struct MatrixView {
+  MatrixView() = default;
+  MatrixView(const TensorView& plain) : data(plain) {}  // implicit: most weights are plain tensors
+
+  TensorView data;
+  std::string format;          // "" plain, "int8", "int4"
+  int64_t rows = 0, cols = 0;  // of a packed matrix
+  TensorView scales, minima;   // packed: [tiles, groups, 16] float16; [] minima
+};
+
 // x = table[token]
 struct Embed {
   TensorView x;      // [B, D] out
   TensorView token;  // [B] int32
-  TensorView table;  // [V, D] W
+  MatrixView table;  // [V, D] W
 };
 
 // q, k, v = split(RMSNorm(x) W^T + b); q, k = RoPE(norm(q), norm(k)); k, v written at pos
@@ -30,7 +41,7 @@ struct NormQkvRope {
   TensorView k_cache, v_cache;  // [B, G, S, d] out, at pos
   TensorView x;                 // [B, D]
   TensorView norm;              // [D]
-  TensorView wq, wk, wv;        // [H d, D], [G d, D], [G d, D] W
+  MatrixView wq, wk, wv;        // [H d, D], [G d, D], [G d, D] W
   TensorView bq, bk, bv;        // [] [H d], [G d], [G d]
   TensorView q_norm, k_norm;    // [] [d]
   TensorView cos, sin;          // [S, d/2]
@@ -52,7 +63,7 @@ struct Attention {
 struct ProjAdd {
   TensorView x;     // [B, N] in and out
   TensorView a;     // [B, K]
-  TensorView w;     // [N, K] W
+  MatrixView w;     // [N, K] W
   TensorView bias;  // [] [N]
 };
 
@@ -61,7 +72,7 @@ struct NormGateUp {
   TensorView h;             // [B, F] out
   TensorView x;             // [B, D]
   TensorView norm;          // [D]
-  TensorView w_gate, w_up;  // [F, D] W
+  MatrixView w_gate, w_up;  // [F, D] W
   TensorView b_gate, b_up;  // [] [F]
   float eps = 0;
 };
@@ -71,7 +82,7 @@ struct KvFill {
   struct Layer {
     TensorView k_cache, v_cache;  // [B, G, S, d] out, at pos
     TensorView norm;              // [D]
-    TensorView wk, wv;            // [G d, D] W
+    MatrixView wk, wv;            // [G d, D] W
     TensorView bk, bv;            // [] [G d]
     TensorView k_norm;            // [] [d]
   };
@@ -87,8 +98,15 @@ struct NormLogits {
   TensorView logits;  // [B, V] out
   TensorView x;       // [B, D]
   TensorView norm;    // [D]
-  TensorView w;       // [V, D] W
+  MatrixView w;       // [V, D] W
   float eps = 0;
+};
+
+// out = a W^T for the tokens of a prefill; W packed
+struct Linear {
+  TensorView out;  // [T, N] out
+  TensorView a;    // [T, K]
+  MatrixView w;    // [N, K] packed W
 };
 
 // The static memory of one runtime: weights, cache, activations. A tape records addresses inside it and no
@@ -133,5 +151,6 @@ Node bind(const ProjAdd&, const Arena&, const cpu::Kernels&, int num_threads);
 Node bind(const NormGateUp&, const Arena&, const cpu::Kernels&, int num_threads);
 Node bind(const KvFill&, const Arena&, const cpu::Kernels&, int num_threads);
 Node bind(const NormLogits&, const Arena&, const cpu::Kernels&, int num_threads);
+Node bind(const Linear&, const Arena&, const cpu::Kernels&, int num_threads);
 
 }  // namespace d3rt

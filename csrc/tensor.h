@@ -10,7 +10,7 @@
 
 namespace d3rt {
 
-enum class DType : uint8_t { f32, bf16, i32 };
+enum class DType : uint8_t { f32, bf16, f16, i32, byte };  // byte: int8 or uint8
 
 inline const char* dtype_name(DType dtype) {
   switch (dtype) {
@@ -18,16 +18,23 @@ inline const char* dtype_name(DType dtype) {
       return "float32";
     case DType::bf16:
       return "bfloat16";
+    case DType::f16:
+      return "float16";
     case DType::i32:
       return "int32";
+    case DType::byte:
+      return "int8";
   }
   return "?";
 }
 
-inline int64_t dtype_bytes(DType dtype) { return dtype == DType::bf16 ? 2 : 4; }
+inline int64_t dtype_bytes(DType dtype) {
+  if (dtype == DType::byte) return 1;
+  return dtype == DType::bf16 || dtype == DType::f16 ? 2 : 4;
+}
 
 struct TensorView {
-  static constexpr int kMaxDims = 4;
+  static constexpr int kMaxDims = 5;
 
   void* data = nullptr;
   DType dtype = DType::f32;

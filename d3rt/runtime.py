@@ -11,7 +11,7 @@ import os
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -25,13 +25,15 @@ from d3rt.detokenizer import Detokenizer
 from d3rt.errors import D3rtError, NotFiniteError, UnsupportedModelError, UnsupportedOptionError
 from d3rt.generation import Request, resolve
 from d3rt.kernels import reference
+from d3rt.kernels.packing import PackedMatrix
 from d3rt.kv_cache import KVCache
 from d3rt.memory import MemoryReport, prefill_bytes
 from d3rt.models import family_of
 from d3rt.models.decoder import Decoder, StepBuffers, nbytes
-from d3rt.models.loading import load_model
+from d3rt.models.loading import load_model, packed_from_gguf
 from d3rt.plan import LayerSet, Plan
 from d3rt.policies import FullDepth, Policy, parse
+from d3rt.quantize import Widths
 from d3rt.result import GenerateOutput, GenerationStats
 from d3rt.sampling import SamplingParams
 
@@ -42,8 +44,6 @@ MAX_BATCH_SIZE = 16
 KV_FILLS = ("auto", "eager")
 # How long a wait inside C++ lasts before Python may look at signals.
 POLL_SECONDS = 0.05
-
-DTYPES = {"float32": torch.float32, "fp32": torch.float32, "bfloat16": torch.bfloat16, "bf16": torch.bfloat16}
 
 
 def compile(
@@ -56,14 +56,21 @@ def compile(
     threads: int | None = None,
     kv_fill: str = "auto",
     tokenizer: PreTrainedTokenizerBase | None = None,
+    weights: torch.dtype | str | None = None,
+    lm_head: torch.dtype | str | None = None,
+    kv_cache_dtype: torch.dtype | str | None = None,
 ) -> Runtime:
     """Makes a Runtime from a Hugging Face causal LM, which is not changed and keeps working.
 
     model: the model, or what `d3rt.load_model` takes (a folder, a GGUF file, a hub id, None for the embedded one).
     policy: which layers each step runs, as a Policy or its text form; None is FullDepth: the same tokens, faster.
     backend: "auto" (cpu), "cpu", or "reference" (plain PyTorch, for tests).
-    dtype: of weights and K,V cache, float32 or bfloat16; None keeps the model's. Weights that already have it are
-        shared with the model, not copied.
+    dtype: of weights and K,V cache: float32, bfloat16 or float16; None keeps the model's. Weights that already have
+        it are shared with the model, not copied.
+    weights: the width of the weights alone: a dtype, or "int8" or "int4" (groups of 32 columns; products with them
+        quantise the activations to int8). Blocks of a GGUF file that have this width are taken as they are.
+    lm_head: the same for the embedding and the lm_head; None is as `weights`, but int8 where those are int4.
+    kv_cache_dtype: of the K,V cache alone; None is `dtype`, else bfloat16 with int8 and int4 weights.
     max_seq_len: longest sequence, prompt included; None is the model's own limit, at most 8192.
     batch_size: most rows that one `generate` may have (up to 16).
     threads: of the cpu backend's decode steps; None is every core. The prefill uses torch's own threads.
@@ -85,15 +92,16 @@ def compile(
         raise TypeError(
             f"policy={policy!r}: it must be a d3rt.Policy or its text, such as 'd3:alpha=0.999,start=0.5'."
         )
-    if isinstance(dtype, str):
-        if dtype not in DTYPES:
-            raise UnsupportedOptionError(f"dtype={dtype!r}: choose one of {', '.join(DTYPES)}.")
-        dtype = DTYPES[dtype]
+    widths = Widths.parse(dtype, weights, lm_head, kv_cache_dtype)
     chosen = make_backend(backend, threads)
+    packed = None
     if not isinstance(model, nn.Module):
-        model, found = load_model(model, dtype=dtype)
+        path = model
+        model, found = load_model(path, dtype=widths.load_dtype)
         tokenizer = tokenizer or found
-    return Runtime(model, policy, chosen, dtype, max_seq_len, batch_size, kv_fill, tokenizer)
+        if widths.any_packed and (path is None or os.fspath(path).lower().endswith(".gguf")):
+            packed = packed_from_gguf(path)
+    return Runtime(model, policy, chosen, widths, max_seq_len, batch_size, kv_fill, tokenizer, packed)
 
 
 @dataclass(frozen=True)
@@ -147,11 +155,12 @@ class Runtime:
         model: nn.Module,
         policy: Policy | str | None,
         backend: Any,
-        dtype: torch.dtype | None,
+        widths: Widths,
         max_seq_len: int | None,
         batch_size: int,
         kv_fill: str,
         tokenizer: PreTrainedTokenizerBase | None,
+        packed: Mapping[str, PackedMatrix] | None,
     ):
         hf_config = getattr(model, "config", None)
         family = family_of(hf_config)
@@ -165,12 +174,8 @@ class Runtime:
                 f"the model is on device '{parameter.device}'; backend '{backend.name}' needs it on the CPU: "
                 "model.cpu()."
             )
-        self.dtype = dtype or model.dtype
-        if self.dtype not in (torch.float32, torch.bfloat16):
-            raise UnsupportedOptionError(
-                f"dtype {self.dtype}: backend '{backend.name}' keeps weights in float32 or bfloat16; pass "
-                "dtype=torch.bfloat16 to convert."
-            )
+        self.widths = widths.of_model(model.dtype)
+        self.dtype = self.widths.kv_cache
         limit = self.config.max_position_embeddings
         self.max_seq_len = max_seq_len or min(limit, DEFAULT_MAX_SEQ_LEN)
         if self.max_seq_len > limit:
@@ -184,9 +189,10 @@ class Runtime:
         self.generation_config = getattr(model, "generation_config", None) or GenerationConfig()
         self.last_run: GenerationStats | None = None
 
-        self._decoder = Decoder(self.config, family.weights(model, self.dtype))
+        made = family.weights(model, self.widths.weights, self.widths.lm_head, packed)
+        self._decoder = Decoder(self.config, made, backend.packed_linear)
         self._rope = family.rope_tables(model, self.max_seq_len)
-        self._cache = KVCache(self.config, batch_size, self.max_seq_len, self.dtype)
+        self._cache = KVCache(self.config, batch_size, self.max_seq_len, self.widths.kv_cache)
         backend.own(self._decoder.weights.tensors())
         self._shared_bytes = _shared_bytes(model, self._decoder.weights.tensors())
         self._rows: dict[int, _Rows] = {}
@@ -197,7 +203,7 @@ class Runtime:
     def __repr__(self) -> str:
         return (
             f"Runtime({self.config.model_type}, {self.config.num_hidden_layers} layers, {self.policy!r}, "
-            f"backend={self.backend.name!r}, dtype={self.dtype}, max_seq_len={self.max_seq_len}, "
+            f"backend={self.backend.name!r}, weights={self.widths}, max_seq_len={self.max_seq_len}, "
             f"batch_size={self.batch_size}, threads={self.backend.threads}, kv_fill={self.kv_fill!r})"
         )
 

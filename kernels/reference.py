@@ -16,6 +16,7 @@ from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
+from d3rt.kernels.packing import GROUP, PackedMatrix, quantise_activations
 from torch import Tensor
 
 
@@ -44,14 +45,20 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
 
 
-def linear(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x [.., K] float32 times w [N, K]^T, plus bias [N]; the product in float32."""
+def linear(x: Tensor, w: Tensor | PackedMatrix, bias: Tensor | None = None) -> Tensor:
+    """x [.., K] float32 times w [N, K]^T, plus bias [N]; the product in float32. A packed w meets int8 activations:
+    group by group of 32 columns, the integer products are summed exactly, then scaled."""
+    if isinstance(w, PackedMatrix):
+        codes, scales = quantise_activations(x)
+        x, dense = codes.unflatten(-1, (-1, GROUP)) * scales[..., None], w.dequantize()
+        return torch.nn.functional.linear(x.flatten(-2), dense, bias)
     return torch.nn.functional.linear(x, w.float(), bias)
 
 
 def embed(x: Tensor, token: Tensor, table: Tensor) -> None:
     """x [B, D] = table [V, D] at token [B]."""
-    x.copy_(table[token.long()])
+    rows = token.long()
+    x.copy_(table.take(rows) if isinstance(table, PackedMatrix) else table[rows])
 
 
 def norm_qkv_rope(

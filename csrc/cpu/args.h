@@ -7,19 +7,42 @@
 
 namespace d3rt::cpu {
 
-// A value of bfloat16: the upper half of a float32.
+// A value of bfloat16: the upper half of a float32. A value of IEEE float16.
 struct bf16 {
   uint16_t bits;
 };
+struct f16 {
+  uint16_t bits;
+};
 
-enum class Store : uint8_t { f32, bf16 };  // how weights and cache are kept; arithmetic is always float32
+// How weights and cache are kept. int8 and int4 are packed in tiles (below) and are for weights only; with
+// them the activations are quantised to int8 on the fly, otherwise arithmetic is float32 throughout.
+enum class Store : uint8_t { f32, bf16, f16, int8, int4 };
 
-// One weight matrix [rows, cols], as torch.nn.Linear keeps it; bias [rows] or null.
+// A packed matrix is cut into tiles of kTileRows rows, and a tile into groups of kGroup columns, each with
+// one float16 scale a row. Inside a group four neighbouring columns of a row make a 32-bit word, and the
+// words of the tile's rows lie side by side: one vector load brings the same columns of all rows, the
+// products are summed lane by lane, and no horizontal sum is ever needed. The definition is
+// kernels/packing.py.
+//   int8: [tiles, groups, 8, kTileRows, 4] signed bytes; word c of a row holds columns 4 c .. 4 c + 3 of its
+//   group. int4: [tiles, groups, 4, kTileRows, 4] bytes; low nibbles are word c = 0..3, high nibbles word c
+//   + 4. A nibble q
+//         stands for (q - 8) * scale, or, with minima, for q * scale + minimum.
+constexpr int kTileRows = 16;
+constexpr int kGroup = 32;
+// Scratch for the quantised activations of one slot, in floats per 16 columns: codes, and a scale and a sum a
+// group.
+constexpr int kQuantisedFloatsPer16 = 5;
+
+// One weight matrix [rows, cols]; bias [rows] or null. Plain: as torch.nn.Linear keeps it, `stride` elements
+// a row. Packed: cols is a multiple of kGroup; rows are padded to whole tiles in memory.
 struct Matrix {
   const void* data;
-  int64_t rows, cols, stride;  // stride in elements
+  int64_t rows, cols, stride;
   const float* bias;
   Store store;
+  const f16* scales;  // [tiles, groups, kTileRows]
+  const f16* minima;  // the same, or null
 };
 
 // K and V of one layer: [B, G, S, d], innermost contiguous; strides in elements.
@@ -40,9 +63,7 @@ struct Rope {
 struct EmbedArgs {
   float* x;  // [B, D]
   const int32_t* token;
-  const void* table;  // [V, D]
-  int64_t stride;
-  Store store;
+  Matrix table;  // [V, D]
   int B, D;
 };
 
@@ -111,6 +132,13 @@ struct NormLogitsArgs {
   int B, D;
 };
 
+struct LinearArgs {
+  float* out;      // [T, rows]
+  const float* a;  // [T, cols]
+  Matrix w;        // packed
+  int T;
+};
+
 // Positions that one unit of split-KV attention covers. Fixed, so that results do not depend on the thread
 // count.
 constexpr int kAttentionChunk = 64;
@@ -130,6 +158,7 @@ struct Kernels {
   Kernel<NormGateUpArgs> norm_gate_up;
   Kernel<KvFillArgs> kv_fill;
   Kernel<NormLogitsArgs> norm_logits;
+  Kernel<LinearArgs> linear;
   // Lowest index of the maximum of values[n]; -1 if one of them is NaN or none is above -inf.
   int64_t (*argmax)(const float* values, int64_t n);
 };

@@ -10,11 +10,17 @@ namespace d3rt::cpu::D3RT_ISA {
 
 constexpr int kQueryGroup = 8;  // query heads that share one pass over a chunk's K,V
 
-// partial: d values, then maximum, then sum; one per query head of the group.
+// The `positions` positions from element `at` of the cache on. partial: d values, then maximum, then sum; one
+// per query head of the group.
 template <class C>
-D3RT_INLINE void attend_chunk(const C* k, const C* v, int64_t pos_stride, const float* q, int queries, int d,
-                              float scale, int positions, float* partial, int64_t partial_stride) {
+D3RT_INLINE void attend_chunk(const AttentionArgs& a, int64_t at, const float* q, int queries, int positions,
+                              float* partial, int64_t partial_stride) {
   constexpr int kN = Vec::kLanes;
+  const C* k = static_cast<const C*>(a.cache.k) + at;
+  const C* v = static_cast<const C*>(a.cache.v) + at;
+  const int64_t pos_stride = a.cache.pos_stride;
+  const int d = a.d;
+  const float scale = a.scale;
   float scores[kQueryGroup][kAttentionChunk];
   for (int t = 0; t < positions; ++t)
     for (int h = 0; h < queries; ++h)
@@ -85,13 +91,16 @@ static void attention(const AttentionArgs& a, float* scratch, int phase, int thr
             const int64_t query = static_cast<int64_t>(slot) * a.H + head * group + h;
             float* partial = scratch + (query * chunks + chunk) * width;
             const float* q = a.q + query * a.d;
-            if (a.cache.store == Store::f32)
-              attend_chunk(static_cast<const float*>(a.cache.k) + at,
-                           static_cast<const float*>(a.cache.v) + at, a.cache.pos_stride, q, queries, a.d,
-                           a.scale, to - from, partial, chunks * width);
-            else
-              attend_chunk(static_cast<const bf16*>(a.cache.k) + at, static_cast<const bf16*>(a.cache.v) + at,
-                           a.cache.pos_stride, q, queries, a.d, a.scale, to - from, partial, chunks * width);
+            switch (a.cache.store) {
+              case Store::f32:
+                attend_chunk<float>(a, at, q, queries, to - from, partial, chunks * width);
+                break;
+              case Store::bf16:
+                attend_chunk<bf16>(a, at, q, queries, to - from, partial, chunks * width);
+                break;
+              default:
+                attend_chunk<f16>(a, at, q, queries, to - from, partial, chunks * width);
+            }
           }
         }
       }

@@ -3,7 +3,7 @@
 // stream.
 #pragma once
 
-#include "vec.h"
+#include "packed.h"
 
 namespace d3rt::cpu::D3RT_ISA {
 
@@ -111,19 +111,53 @@ D3RT_INLINE void rows_dot_typed(const Matrix& m, const float* x, int64_t x_strid
   }
 }
 
-template <class Sink>
-D3RT_INLINE void rows_dot(const Matrix& m, const float* x, int64_t x_stride, int B, Range rows,
-                          const Sink& sink) {
-  if (m.store == Store::f32)
-    rows_dot_typed<float>(m, x, x_stride, B, rows, sink);
-  else
-    rows_dot_typed<bf16>(m, x, x_stride, B, rows, sink);
+// The activations of an op: float32 [B, cols], rows `stride` apart, and quantised where a packed matrix needs
+// them so.
+struct Input {
+  const float* x;
+  int64_t stride;
+  Quantised quantised;
+};
+
+D3RT_INLINE bool is_packed(const Matrix& m) { return m.store == Store::int8 || m.store == Store::int4; }
+
+// memory: B * cols / 16 * kQuantisedFloatsPer16 floats of this thread's own, if any of the matrices is
+// packed.
+D3RT_INLINE Input prepare(float* memory, const float* x, int B, int64_t cols, bool any_packed) {
+  Input input = {x, cols, {}};
+  if (any_packed) {
+    input.quantised = quantised_at(memory, B, cols);
+    quantise_rows(input.quantised, x, cols, 0, B);
+  }
+  return input;
 }
 
-// The part of `rows` (a range over several matrices laid end to end) that falls on the matrix starting at
+// Work is shared out in granules: a row of a plain matrix, a tile of a packed one.
+D3RT_INLINE int64_t granules(const Matrix& m) {
+  return is_packed(m) ? (m.rows + kTileRows - 1) / kTileRows : m.rows;
+}
+
+// Calls sink(slot, row, value) once for each slot and each row of these granules.
+template <class Sink>
+D3RT_INLINE void rows_dot(const Matrix& m, const Input& in, int B, Range part, const Sink& sink) {
+  switch (m.store) {
+    case Store::f32:
+      return rows_dot_typed<float>(m, in.x, in.stride, B, part, sink);
+    case Store::bf16:
+      return rows_dot_typed<bf16>(m, in.x, in.stride, B, part, sink);
+    case Store::f16:
+      return rows_dot_typed<f16>(m, in.x, in.stride, B, part, sink);
+    case Store::int8:
+      return packed_dot<Store::int8>(m, in.quantised, B, part.begin, part.end, sink);
+    case Store::int4:
+      return packed_dot<Store::int4>(m, in.quantised, B, part.begin, part.end, sink);
+  }
+}
+
+// The part of a range over several matrices laid end to end that falls on the one of `size` granules at
 // `offset`.
-D3RT_INLINE Range clip(Range rows, int64_t offset, int64_t size) {
-  const int64_t begin = rows.begin - offset, end = rows.end - offset;
+D3RT_INLINE Range clip(Range range, int64_t offset, int64_t size) {
+  const int64_t begin = range.begin - offset, end = range.end - offset;
   return {begin < 0 ? 0 : begin, end > size ? size : end};
 }
 
@@ -140,6 +174,16 @@ D3RT_INLINE void rms_norm(float* out, const float* x, const float* weight, float
     const Vec value = mul(mul(load_partial(x + i, rest), scale), load_partial(weight + i, rest));
     store_partial(out + i, value, rest);
   }
+}
+
+// Floats of scratch that norm_input takes of each thread.
+D3RT_INLINE int64_t norm_scratch(int64_t B, int64_t D) { return B * D + B * D / 16 * kQuantisedFloatsPer16; }
+
+// RMSNorm(x) [B, D], made by every thread for itself: cheaper than a barrier.
+D3RT_INLINE Input norm_input(float* own, const float* x, const float* norm, float eps, int B, int64_t D,
+                             bool any_packed) {
+  for (int b = 0; b < B; ++b) rms_norm(own + b * D, x + b * D, norm, eps, D);
+  return prepare(own + B * D, own, B, D, any_packed);
 }
 
 }  // namespace d3rt::cpu::D3RT_ISA

@@ -4,6 +4,7 @@
 #include "attention.h"
 #include "embed.h"
 #include "kv_fill.h"
+#include "linear.h"
 #include "norm_gate_up.h"
 #include "norm_logits.h"
 #include "norm_qkv_rope.h"
@@ -17,8 +18,8 @@
 namespace d3rt::cpu {
 
 const Kernels D3RT_JOIN(kernels_, D3RT_ISA) = {
-    D3RT_TEXT(D3RT_ISA), D3RT_ISA::embed,       D3RT_ISA::norm_qkv_rope,
-    D3RT_ISA::attention, D3RT_ISA::proj_add,    D3RT_ISA::norm_gate_up,
-    D3RT_ISA::kv_fill,   D3RT_ISA::norm_logits, D3RT_ISA::argmax};
+    D3RT_TEXT(D3RT_ISA), D3RT_ISA::embed,        D3RT_ISA::norm_qkv_rope, D3RT_ISA::attention,
+    D3RT_ISA::proj_add,  D3RT_ISA::norm_gate_up, D3RT_ISA::kv_fill,       D3RT_ISA::norm_logits,
+    D3RT_ISA::linear,    D3RT_ISA::argmax};
 
 }  // namespace d3rt::cpu

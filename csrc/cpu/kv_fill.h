@@ -1,5 +1,5 @@
 // kv_fill: K,V of all skipped layers of a run, from one hidden state x: each layer's own norm, K,V projection
-// and RoPE, scattered at pos. Scratch: [layers, B, 2 G d] projections, then [threads, B, D] normed x.
+// and RoPE, scattered at pos. Scratch: [layers, B, 2 G d] projections, then norm_scratch for each thread.
 #pragma once
 
 #include "rope.h"
@@ -9,20 +9,29 @@ namespace d3rt::cpu::D3RT_ISA {
 static void kv_fill(const KvFillArgs& a, float* scratch, int phase, int thread, int num_threads) {
   const int64_t half = static_cast<int64_t>(a.G) * a.d, rows = 2 * half;
   if (phase == 0) {
-    float* normed = scratch + a.num_layers * a.B * rows + static_cast<int64_t>(thread) * a.B * a.D;
-    const Range mine = share(a.num_layers * rows, thread, num_threads);
+    float* own = scratch + a.num_layers * a.B * rows + thread * norm_scratch(a.B, a.D);
+    int64_t total = 0;
+    for (int layer = 0; layer < a.num_layers; ++layer)
+      total += granules(a.layers[layer].w[0]) + granules(a.layers[layer].w[1]);
+    const Range mine = share(total, thread, num_threads);
+    int64_t offset = 0;
     for (int layer = 0; layer < a.num_layers; ++layer) {
       const FillLayer& fill = a.layers[layer];
-      const Range here = clip(mine, layer * rows, rows);
-      if (here.begin >= here.end) continue;
-      for (int b = 0; b < a.B; ++b) rms_norm(normed + b * a.D, a.x + b * a.D, fill.norm, a.eps, a.D);
-      float* out = scratch + layer * a.B * rows;
-      for (int part = 0; part < 2; ++part) {
-        const Matrix& w = fill.w[part];
-        rows_dot(w, normed, a.D, a.B, clip(here, part * half, half), [&](int slot, int64_t row, float value) {
-          out[slot * rows + part * half + row] = w.bias ? value + w.bias[row] : value;
-        });
+      const int64_t both = granules(fill.w[0]) + granules(fill.w[1]);
+      if (offset < mine.end && mine.begin < offset + both) {
+        const bool any_packed = is_packed(fill.w[0]) || is_packed(fill.w[1]);
+        const Input in = norm_input(own, a.x, fill.norm, a.eps, a.B, a.D, any_packed);
+        float* out = scratch + layer * a.B * rows;
+        int64_t at = offset;
+        for (const Matrix& w : fill.w) {
+          rows_dot(w, in, a.B, clip(mine, at, granules(w)), [&](int slot, int64_t row, float value) {
+            out[slot * rows + row] = w.bias ? value + w.bias[row] : value;
+          });
+          at += granules(w);
+          out += half;
+        }
       }
+      offset += both;
     }
     return;
   }

@@ -1,5 +1,5 @@
 // norm_gate_up: h = silu(gate(n)) * up(n), n = RMSNorm(x). Each thread computes both halves of its own
-// columns, so no barrier stands between them. Scratch: [threads, B, D] normed x.
+// columns, so no barrier stands between them. Scratch: norm_scratch for each thread.
 #pragma once
 
 #include "gemv.h"
@@ -8,21 +8,24 @@ namespace d3rt::cpu::D3RT_ISA {
 
 static void norm_gate_up(const NormGateUpArgs& a, float* scratch, int, int thread, int num_threads) {
   constexpr int kN = Vec::kLanes;
-  float* normed = scratch + static_cast<int64_t>(thread) * a.B * a.D;
-  for (int b = 0; b < a.B; ++b) rms_norm(normed + b * a.D, a.x + b * a.D, a.norm, a.eps, a.D);
-  const Range mine = share(a.F, thread, num_threads);
+  float* own = scratch + thread * norm_scratch(a.B, a.D);
+  const Input in = norm_input(own, a.x, a.norm, a.eps, a.B, a.D, is_packed(a.gate));
+  const Range mine = share(granules(a.gate), thread, num_threads);  // gate and up are kept alike
   // Blocks of columns: gate's rows, then up's, then the activation while h is still in L1.
   constexpr int64_t kBlock = 64;
-  for (int64_t begin = mine.begin; begin < mine.end; begin += kBlock) {
-    const Range block = {begin, begin + kBlock < mine.end ? begin + kBlock : mine.end};
+  const int64_t granule = is_packed(a.gate) ? kTileRows : 1, step = kBlock / granule;
+  for (int64_t first = mine.begin; first < mine.end; first += step) {
+    const Range block = {first, first + step < mine.end ? first + step : mine.end};
+    const int64_t begin = block.begin * granule;
+    const int64_t end = block.end * granule < a.F ? block.end * granule : a.F;
     float up[16][kBlock];
-    rows_dot(a.gate, normed, a.D, a.B, block, [&](int slot, int64_t row, float value) {
+    rows_dot(a.gate, in, a.B, block, [&](int slot, int64_t row, float value) {
       a.h[static_cast<int64_t>(slot) * a.F + row] = a.gate.bias ? value + a.gate.bias[row] : value;
     });
-    rows_dot(a.up, normed, a.D, a.B, block, [&](int slot, int64_t row, float value) {
+    rows_dot(a.up, in, a.B, block, [&](int slot, int64_t row, float value) {
       up[slot][row - begin] = a.up.bias ? value + a.up.bias[row] : value;
     });
-    const int64_t n = block.end - block.begin;
+    const int64_t n = end - begin;
     for (int b = 0; b < a.B; ++b) {
       float* h = a.h + static_cast<int64_t>(b) * a.F + begin;
       int64_t i = 0;

@@ -1,5 +1,5 @@
-// norm_logits: the final RMSNorm and the lm_head. Scratch: [threads, B, D] normed x. And the argmax over one
-// row.
+// norm_logits: the final RMSNorm and the lm_head. Scratch: norm_scratch for each thread. And the argmax over
+// one row.
 #pragma once
 
 #include "gemv.h"
@@ -7,12 +7,11 @@
 namespace d3rt::cpu::D3RT_ISA {
 
 static void norm_logits(const NormLogitsArgs& a, float* scratch, int, int thread, int num_threads) {
-  float* normed = scratch + static_cast<int64_t>(thread) * a.B * a.D;
-  for (int b = 0; b < a.B; ++b) rms_norm(normed + b * a.D, a.x + b * a.D, a.norm, a.eps, a.D);
-  rows_dot(a.w, normed, a.D, a.B, share(a.w.rows, thread, num_threads),
-           [&](int slot, int64_t row, float value) {
-             a.logits[slot * a.w.rows + row] = a.w.bias ? value + a.w.bias[row] : value;
-           });
+  float* own = scratch + thread * norm_scratch(a.B, a.D);
+  const Input in = norm_input(own, a.x, a.norm, a.eps, a.B, a.D, is_packed(a.w));
+  rows_dot(a.w, in, a.B, share(granules(a.w), thread, num_threads), [&](int slot, int64_t row, float value) {
+    a.logits[slot * a.w.rows + row] = a.w.bias ? value + a.w.bias[row] : value;
+  });
 }
 
 static int64_t argmax(const float* values, int64_t n) {

@@ -1,7 +1,7 @@
 // norm_qkv_rope: RMSNorm + Q,K,V projection (+ bias, + q/k norm) + RoPE, K,V written at pos. The fused
 // kernel. Phase 0 streams the three weight matrices as one range of rows, so that threads share them evenly
-// whatever the number of heads; phase 1 finishes whole heads. Scratch: [B, rows] projections, then [threads,
-// B, D] normed x.
+// whatever the number of heads; phase 1 finishes whole heads. Scratch: [B, rows] projections, then
+// norm_scratch for each thread.
 #pragma once
 
 #include "rope.h"
@@ -12,16 +12,18 @@ static void norm_qkv_rope(const NormQkvRopeArgs& a, float* scratch, int phase, i
   const int64_t rows = static_cast<int64_t>(a.H + 2 * a.G) * a.d;
   float* projected = scratch;
   if (phase == 0) {
-    float* normed = scratch + a.B * rows + static_cast<int64_t>(thread) * a.B * a.D;
-    for (int b = 0; b < a.B; ++b) rms_norm(normed + b * a.D, a.x + b * a.D, a.norm, a.eps, a.D);
-    const Range mine = share(rows, thread, num_threads);
+    float* own = scratch + a.B * rows + thread * norm_scratch(a.B, a.D);
+    const bool any_packed = is_packed(a.w[0]) || is_packed(a.w[1]) || is_packed(a.w[2]);
+    const Input in = norm_input(own, a.x, a.norm, a.eps, a.B, a.D, any_packed);
+    const Range mine = share(granules(a.w[0]) + granules(a.w[1]) + granules(a.w[2]), thread, num_threads);
     int64_t offset = 0;
+    float* out = projected;
     for (const Matrix& w : a.w) {
-      float* out = projected + offset;
-      rows_dot(w, normed, a.D, a.B, clip(mine, offset, w.rows), [&](int slot, int64_t row, float value) {
+      rows_dot(w, in, a.B, clip(mine, offset, granules(w)), [&](int slot, int64_t row, float value) {
         out[slot * rows + row] = w.bias ? value + w.bias[row] : value;
       });
-      offset += w.rows;
+      offset += granules(w);
+      out += w.rows;
     }
     return;
   }

@@ -22,16 +22,22 @@ D3RT_INLINE void norm_and_rotate(float* head, const float* head_norm, const Rope
   }
 }
 
+template <class T>
+D3RT_INLINE void convert(const float* values, T* out, int n) {
+  for (int i = 0; i < n; ++i) from_float(values[i], out + i);
+}
+
 // Writes one head of K or V (data) at (slot, head, pos).
 D3RT_INLINE void write_cache(const Cache& cache, void* data, int slot, int head, int64_t pos,
                              const float* values, int d) {
   const int64_t at = slot * cache.slot_stride + head * cache.head_stride + pos * cache.pos_stride;
-  if (cache.store == Store::f32) {
-    float* out = static_cast<float*>(data) + at;
-    for (int i = 0; i < d; ++i) from_float(values[i], out + i);
-  } else {
-    bf16* out = static_cast<bf16*>(data) + at;
-    for (int i = 0; i < d; ++i) from_float(values[i], out + i);
+  switch (cache.store) {
+    case Store::f32:
+      return convert(values, static_cast<float*>(data) + at, d);
+    case Store::bf16:
+      return convert(values, static_cast<bf16*>(data) + at, d);
+    default:
+      return convert(values, static_cast<f16*>(data) + at, d);
   }
 }
 

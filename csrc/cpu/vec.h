@@ -30,6 +30,21 @@ D3RT_INLINE float to_float(bf16 value) {
   } u = {static_cast<uint32_t>(value.bits) << 16};
   return u.value;
 }
+D3RT_INLINE float to_float(f16 value) {
+  const uint32_t sign = static_cast<uint32_t>(value.bits & 0x8000) << 16, rest = value.bits & 0x7fff;
+  union {
+    uint32_t bits;
+    float value;
+  } u;
+  if (rest >= 0x7c00) {
+    u.bits = sign | 0x7f800000 | (rest & 0x3ff) << 13;  // inf, NaN
+  } else {
+    u.bits =
+        sign | rest << 13;  // the exponent is 112 short; a multiplication mends that, subnormals included
+    u.value *= 0x1p112f;
+  }
+  return u.value;
+}
 D3RT_INLINE void from_float(float value, float* out) { *out = value; }
 D3RT_INLINE void from_float(float value, bf16* out) {  // round to nearest even, as torch does; NaN stays NaN
   union {
@@ -40,6 +55,26 @@ D3RT_INLINE void from_float(float value, bf16* out) {  // round to nearest even,
     out->bits = 0x7fc0;
   else
     out->bits = static_cast<uint16_t>((u.bits + 0x7fff + ((u.bits >> 16) & 1)) >> 16);
+}
+
+D3RT_INLINE void from_float(float value, f16* out) {  // round to nearest even; past the range becomes inf
+  union {
+    float value;
+    uint32_t bits;
+  } u = {value};
+  const uint32_t sign = u.bits >> 16 & 0x8000;
+  u.bits &= 0x7fffffff;
+  if (u.bits > 0x7f800000) {
+    out->bits = static_cast<uint16_t>(sign | 0x7e00);
+  } else if (u.bits >= 0x477ff000) {
+    out->bits = static_cast<uint16_t>(sign | 0x7c00);
+  } else if (u.bits < 0x38800000) {  // subnormal: adding 0.5 leaves the rounded value in the lowest bits
+    u.value += 0.5f;
+    out->bits = static_cast<uint16_t>(sign | (u.bits - 0x3f000000));
+  } else {
+    const uint32_t rounded = u.bits + 0xc8000fff + (u.bits >> 13 & 1);
+    out->bits = static_cast<uint16_t>(sign | rounded >> 13);
+  }
 }
 
 #if defined(D3RT_ISA_avx512)
@@ -54,11 +89,17 @@ D3RT_INLINE Vec load(const bf16* p) {
   const __m256i raw = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
   return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(raw), 16))};
 }
+D3RT_INLINE Vec load(const f16* p) {
+  return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
+}
 D3RT_INLINE __mmask16 first(int n) { return static_cast<__mmask16>((1u << n) - 1); }
 D3RT_INLINE Vec load_partial(const float* p, int n) { return {_mm512_maskz_loadu_ps(first(n), p)}; }
 D3RT_INLINE Vec load_partial(const bf16* p, int n) {
   const __m256i raw = _mm256_maskz_loadu_epi16(first(n), p);
   return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(raw), 16))};
+}
+D3RT_INLINE Vec load_partial(const f16* p, int n) {
+  return {_mm512_cvtph_ps(_mm256_maskz_loadu_epi16(first(n), p))};
 }
 D3RT_INLINE void store(float* p, Vec a) { _mm512_storeu_ps(p, a.v); }
 D3RT_INLINE void store_partial(float* p, Vec a, int n) { _mm512_mask_storeu_ps(p, first(n), a.v); }
@@ -85,6 +126,9 @@ D3RT_INLINE Vec widen(__m128i raw) {
   return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(raw), 16))};
 }
 D3RT_INLINE Vec load(const bf16* p) { return widen(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
+D3RT_INLINE Vec load(const f16* p) {
+  return {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))};
+}
 D3RT_INLINE __m256i first(int n) {
   return _mm256_cmpgt_epi32(_mm256_set1_epi32(n), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
 }
@@ -93,6 +137,11 @@ D3RT_INLINE Vec load_partial(const bf16* p, int n) {
   alignas(16) uint16_t lanes[8] = {};
   for (int i = 0; i < n; ++i) lanes[i] = p[i].bits;
   return widen(_mm_load_si128(reinterpret_cast<const __m128i*>(lanes)));
+}
+D3RT_INLINE Vec load_partial(const f16* p, int n) {
+  alignas(16) f16 lanes[8] = {};
+  for (int i = 0; i < n; ++i) lanes[i] = p[i];
+  return load(lanes);
 }
 D3RT_INLINE void store(float* p, Vec a) { _mm256_storeu_ps(p, a.v); }
 D3RT_INLINE void store_partial(float* p, Vec a, int n) { _mm256_maskstore_ps(p, first(n), a.v); }
@@ -128,6 +177,9 @@ D3RT_INLINE Vec set1(float value) { return {vdupq_n_f32(value)}; }
 D3RT_INLINE Vec load(const float* p) { return {vld1q_f32(p)}; }
 D3RT_INLINE Vec load(const bf16* p) {
   return {vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(reinterpret_cast<const uint16_t*>(p)), 16))};
+}
+D3RT_INLINE Vec load(const f16* p) {
+  return {vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(reinterpret_cast<const uint16_t*>(p))))};
 }
 template <class T>
 D3RT_INLINE Vec load_partial(const T* p, int n) {

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+from d3rt.kernels.packing import PackedMatrix
 from d3rt.sampling import SamplingParams
 
 
@@ -70,6 +71,9 @@ class Backend(Protocol):
 
     def record(self, step: Callable[[Any], None]) -> Any:
         """Calls step(ops) once and returns a program whose replay() repeats it. ops: see d3rt.kernels.reference."""
+
+    def packed_linear(self, x: Tensor, w: PackedMatrix) -> Tensor:
+        """x [T, K] float32 times a packed w [N, K]^T, at once: the prefill's products. Float32 [T, N]."""
 
     def loop(self, token: Tensor, pos: Tensor, logits: Tensor, filled: Tensor) -> Loop:
         """The decode loop over these buffers: token, pos [B] and filled [L, B] int32, logits [B, V] float32."""

@@ -10,9 +10,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from d3rt.errors import BackendUnavailableError
+from d3rt.kernels.packing import PackedMatrix
 from d3rt.sampling import SamplingParams
 
 
@@ -78,6 +80,11 @@ class CpuBackend:
         tape = native().Tape(self._pool, self._arena)
         step(tape)
         return tape
+
+    def packed_linear(self, x: Tensor, w: PackedMatrix) -> Tensor:
+        out = torch.empty(len(x), w.rows)
+        native().linear(self._pool, out, x.contiguous(), w)
+        return out
 
     def loop(self, token, pos, logits, filled) -> CpuLoop:
         return CpuLoop(native().Dispatcher(self._arena, token, pos, logits, filled))

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from d3rt.errors import NotFiniteError
 from d3rt.kernels import reference
+from d3rt.kernels.packing import PackedMatrix
 from d3rt.kv_cache import check_holes, mark_written
 from d3rt.sampling import SamplingParams
 
@@ -139,6 +140,9 @@ class ReferenceBackend:
 
     def record(self, step: Callable[[Any], None]) -> ReferenceProgram:
         return ReferenceProgram(step)
+
+    def packed_linear(self, x: Tensor, w: PackedMatrix) -> Tensor:
+        return reference.linear(x, w)
 
     def loop(self, token, pos, logits, filled) -> ReferenceLoop:
         return ReferenceLoop(token, pos, logits, filled)

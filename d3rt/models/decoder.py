@@ -15,80 +15,75 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from d3rt.config import DecoderConfig
+from d3rt.kernels import reference
+from d3rt.kernels.packing import PackedMatrix
 from d3rt.kernels.reference import FillLayer, rms_norm, rotate
 from d3rt.kv_cache import KVCache
 from d3rt.plan import Action, LayerSet, Plan
+from d3rt.quantize import Matrix, tensors_of
 
 
 @dataclass(frozen=True)
 class LayerWeights:
-    """One layer. Matrices are [out, in], float32 or bfloat16; norms and biases are float32; None is absent."""
+    """One layer. Matrices are [out, in], plain or packed; norms and biases are float32; None is absent."""
 
     attention_norm: Tensor  # [D]
-    wq: Tensor  # [H d, D]
-    wk: Tensor  # [G d, D]
-    wv: Tensor
+    wq: Matrix  # [H d, D]
+    wk: Matrix  # [G d, D]
+    wv: Matrix
     bq: Tensor | None
     bk: Tensor | None
     bv: Tensor | None
     q_norm: Tensor | None  # [d]
     k_norm: Tensor | None
-    wo: Tensor  # [D, H d]
+    wo: Matrix  # [D, H d]
     bo: Tensor | None
     mlp_norm: Tensor  # [D]
-    w_gate: Tensor  # [F, D]
-    w_up: Tensor
+    w_gate: Matrix  # [F, D]
+    w_up: Matrix
     b_gate: Tensor | None
     b_up: Tensor | None
-    w_down: Tensor  # [D, F]
+    w_down: Matrix  # [D, F]
     b_down: Tensor | None
 
-    def tensors(self, *names: str) -> list[Tensor]:
-        """The named tensors that exist; all of them when none is named."""
+    def parts(self, *names: str) -> list[Matrix]:
+        """The named weights that exist; all of them when none is named."""
         values = (getattr(self, name) for name in names or self.__dataclass_fields__)
         return [value for value in values if value is not None]
 
     @property
     def kv_bytes(self) -> int:
         """Bytes that a kv_fill of this layer reads."""
-        return nbytes(self.tensors("attention_norm", "wk", "wv", "bk", "bv", "k_norm"))
+        return nbytes(self.parts("attention_norm", "wk", "wv", "bk", "bv", "k_norm"))
 
     @property
     def attention_bytes(self) -> int:
-        return self.kv_bytes + nbytes(self.tensors("wq", "bq", "q_norm", "wo", "bo"))
+        return self.kv_bytes + nbytes(self.parts("wq", "bq", "q_norm", "wo", "bo"))
 
     @property
     def mlp_bytes(self) -> int:
-        return nbytes(self.tensors("mlp_norm", "w_gate", "w_up", "b_gate", "b_up", "w_down", "b_down"))
+        return nbytes(self.parts("mlp_norm", "w_gate", "w_up", "b_gate", "b_up", "w_down", "b_down"))
 
 
 @dataclass(frozen=True)
 class DecoderWeights:
     """The whole model. lm_head may be the very tensor that embed is (tied)."""
 
-    embed: Tensor  # [V, D]
+    embed: Matrix  # [V, D]
     layers: tuple[LayerWeights, ...]
     norm: Tensor  # [D]
-    lm_head: Tensor  # [V, D]
+    lm_head: Matrix  # [V, D]
 
     def tensors(self) -> list[Tensor]:
-        """Every distinct tensor."""
-        tensors = [
-            self.embed,
-            self.norm,
-            self.lm_head,
-            *(t for layer in self.layers for t in layer.tensors()),
-        ]
-        return list({id(tensor): tensor for tensor in tensors}.values())
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.embed.dtype
+        """Every distinct tensor, those inside packed matrices one by one."""
+        layers = [part for layer in self.layers for part in layer.parts()]
+        distinct = {id(part): part for part in (self.embed, self.norm, self.lm_head, *layers)}.values()
+        return [tensor for part in distinct for tensor in tensors_of(part)]
 
 
-def nbytes(tensors: Sequence[Tensor]) -> int:
-    """Bytes of the tensors together."""
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+def nbytes(parts: Sequence[Matrix]) -> int:
+    """Bytes of tensors and packed matrices together."""
+    return sum(part.nbytes for part in parts)
 
 
 class StepBuffers:
@@ -124,9 +119,11 @@ class StepBuffers:
 class Decoder:
     """A Llama-like decoder over the fused ops of d3rt.kernels.reference."""
 
-    def __init__(self, config: DecoderConfig, weights: DecoderWeights):
+    def __init__(self, config: DecoderConfig, weights: DecoderWeights, packed_linear=reference.linear):
+        """packed_linear(x [T, K], PackedMatrix [N, K]) -> [T, N]: how the prefill multiplies a packed matrix."""
         self.config = config
         self.weights = weights
+        self._packed_linear = packed_linear
 
     def decode_step(self, ops, plan: Plan, buf: StepBuffers) -> None:
         """One decode step: the token in buf.token at buf.pos through the sublayers that `plan` runs, to buf.logits.
@@ -206,13 +203,14 @@ class Decoder:
         tokens = torch.cat([prompts[row][start:stop] for row, start, stop in pieces])
         positions = torch.cat([torch.arange(start, stop) for _, start, stop in pieces])
         cos, sin = buf.cos[positions, None], buf.sin[positions, None]  # [T, 1, d/2]
-        x = w.embed[tokens].float()  # [T, D]
+        embedded = w.embed.take(tokens) if isinstance(w.embed, PackedMatrix) else w.embed[tokens]
+        x = embedded.float()  # [T, D]
         for layer, lw in enumerate(w.layers):
             if layers.attention >> layer & 1:
                 n = rms_norm(x, lw.attention_norm, c.rms_norm_eps)
-                q = _linear(n, lw.wq, lw.bq).view(len(x), c.num_attention_heads, c.head_dim)
-                k = _linear(n, lw.wk, lw.bk).view(len(x), c.num_key_value_heads, c.head_dim)
-                v = _linear(n, lw.wv, lw.bv).view(len(x), c.num_key_value_heads, c.head_dim)
+                q = self._linear(n, lw.wq, lw.bq).view(len(x), c.num_attention_heads, c.head_dim)
+                k = self._linear(n, lw.wk, lw.bk).view(len(x), c.num_key_value_heads, c.head_dim)
+                v = self._linear(n, lw.wv, lw.bv).view(len(x), c.num_key_value_heads, c.head_dim)
                 if lw.q_norm is not None:
                     q = rms_norm(q, lw.q_norm, c.rms_norm_eps)
                 if lw.k_norm is not None:
@@ -226,16 +224,24 @@ class Decoder:
                     cache.v[layer, row, :, start:stop] = v[part].transpose(0, 1)
                     attended[part] = self._attend(q[part], cache, layer, row, start, stop)
                     at += stop - start
-                x = x + _linear(attended.flatten(1), lw.wo, lw.bo)
+                x = x + self._linear(attended.flatten(1), lw.wo, lw.bo)
             if layers.mlp >> layer & 1:
                 n = rms_norm(x, lw.mlp_norm, c.rms_norm_eps)
-                gate = F.silu(_linear(n, lw.w_gate, lw.b_gate)).mul_(_linear(n, lw.w_up, lw.b_up))
-                x = x + _linear(gate, lw.w_down, lw.b_down)
+                gate = F.silu(self._linear(n, lw.w_gate, lw.b_gate)).mul_(self._linear(n, lw.w_up, lw.b_up))
+                x = x + self._linear(gate, lw.w_down, lw.b_down)
         at = 0
         for row, start, stop in pieces:
             at += stop - start
             if stop == len(prompts[row]):
                 buf.x[row] = x[at - 1]
+
+    def _linear(self, x: Tensor, w: Matrix, bias: Tensor | None) -> Tensor:
+        """x [T, K] float32 through w [N, K] in w's dtype; bias and result in float32, as the residual stream is."""
+        if isinstance(w, PackedMatrix):
+            out = self._packed_linear(x, w)
+        else:
+            out = F.linear(x.to(w.dtype), w).float()
+        return out if bias is None else out + bias
 
     def _attend(self, q: Tensor, cache: KVCache, layer: int, row: int, start: int, stop: int) -> Tensor:
         """Causal attention of queries [T, H, d] at positions start .. stop - 1 over the row's cache; float32 out."""
@@ -257,9 +263,3 @@ class Decoder:
             enable_gqa=True,
         )
         return out.squeeze(0).transpose(0, 1).float()
-
-
-def _linear(x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
-    """x [T, K] float32 through w [N, K] in w's dtype; bias and result in float32, as the residual stream is."""
-    out = F.linear(x.to(w.dtype), w).float()
-    return out if bias is None else out + bias

@@ -7,6 +7,7 @@ not know, and the model is refused with its name.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -14,7 +15,9 @@ from torch import Tensor, nn
 
 from d3rt.config import DecoderConfig
 from d3rt.errors import UnsupportedModelError
+from d3rt.kernels.packing import PackedMatrix
 from d3rt.models.decoder import DecoderWeights, LayerWeights
+from d3rt.quantize import Matrix, Width, convert
 
 # RoPE variants whose frequencies do not depend on the sequence length, so that one table serves every step.
 STATIC_ROPE_TYPES = ("default", "linear", "llama3", "yarn")
@@ -75,16 +78,29 @@ class Family:
             )
         return tuple(window if kind == "sliding_attention" else 0 for kind in types)
 
-    def weights(self, model: nn.Module, dtype: torch.dtype) -> DecoderWeights:
-        """The model's weights: its own tensors where they already have `dtype` and are contiguous, else copies.
+    def weights(
+        self,
+        model: nn.Module,
+        width: Width,
+        head_width: Width,
+        packed: Mapping[str, PackedMatrix] | None = None,
+    ) -> DecoderWeights:
+        """The model's weights in `width`, the embedding and the lm_head in `head_width`: its own tensors where they
+        are that already and contiguous, else copies, made one by one.
 
-        Norms and biases are copied to float32 (some kB): every kernel reads them so.
+        packed: matrices by name that come packed already (from a GGUF file) and are taken as they are where the
+        width is theirs. Norms and biases are copied to float32 (some kB): every kernel reads them so.
         """
         taken: set[str] = set()
 
-        def matrix(name: str) -> Tensor:
+        def matrix(name: str, width: Width = width) -> Matrix:
             taken.add(name)
-            return parameters[name].detach().to(dtype).contiguous()
+            ready = (packed or {}).get(name)
+            return (
+                ready
+                if ready is not None and ready.format == width
+                else convert(name, parameters[name], width)
+            )
 
         def vector(name: str) -> Tensor | None:
             if name not in parameters:
@@ -119,9 +135,9 @@ class Family:
                     b_down=vector(mlp + "down_proj.bias"),
                 )
             )
-        embed = matrix("model.embed_tokens.weight")
+        embed = matrix("model.embed_tokens.weight", head_width)
         tied = parameters["lm_head.weight"] is parameters["model.embed_tokens.weight"]
-        head = embed if tied else matrix("lm_head.weight")
+        head = embed if tied else matrix("lm_head.weight", head_width)
         taken.add("lm_head.weight")
         norm = vector("model.norm.weight")
         left = sorted(set(parameters) - taken)

@@ -23,12 +23,14 @@ from typing import TYPE_CHECKING, Any
 
 import gguf
 import huggingface_hub.errors as hub_errors
+import numpy as np
 import torch
 import transformers
 from tokenizers import pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from d3rt.errors import ModelNotFoundError, UnsupportedModelError, UnsupportedOptionError
+from d3rt.kernels.packing import PackedMatrix, pack_codes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -413,3 +415,52 @@ def _tokenizer_from_gguf(path: Path, pre_tokenizer: str | None) -> PreTrainedTok
             [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
         )
     return tokenizer
+
+
+def packed_from_gguf(path: str | os.PathLike[str] | None) -> dict[str, PackedMatrix]:
+    """The int8 and int4 matrices of a llama GGUF file (None: the embedded model), by Hugging Face name, with the very
+    codes and scales that the file holds: Q8_0, Q4_0 and Q4_1 blocks. Other tensors are left out.
+    """
+    reader = gguf.GGUFReader(demo_model_path() if path is None else Path(path))
+    meta = {key: field for key, field in reader.fields.items() if not key.startswith("GGUF.")}
+    if _meta(meta, "general.architecture") != "llama":
+        return {}
+    heads = _meta(meta, "llama.attention.head_count")
+    kv_heads = _meta(meta, "llama.attention.head_count_kv", heads)
+    packed = {}
+    for tensor in reader.tensors:
+        blocks = _BLOCKS.get(tensor.tensor_type.name)
+        if blocks is None or len(tensor.shape) != 2:
+            continue
+        name = _llama_tensor_name(tensor.name, Path(path or "the embedded model"))
+        rows = torch.from_numpy(np.array(tensor.data))
+        format, codes, scales, minima = blocks(
+            rows.view(len(rows), -1, _BLOCK_BYTES[tensor.tensor_type.name])
+        )
+        for part, count in ((".q_proj.", heads), (".k_proj.", kv_heads)):
+            if part in name:  # a reordering of rows leaves the blocks whole
+                codes, scales = _half_split_rope(codes, count), _half_split_rope(scales, count)
+                minima = None if minima is None else _half_split_rope(minima, count)
+        packed[name] = pack_codes(format, codes, scales, minima)
+    return packed
+
+
+# ggml-common.h: a block is 32 columns of a row: float16 scale d, for Q4_1 float16 minimum m, then the codes.
+_BLOCK_BYTES = {"Q8_0": 34, "Q4_0": 18, "Q4_1": 20}
+
+
+def _half_floats(blocks: torch.Tensor) -> torch.Tensor:
+    """[rows, groups, 2] bytes as float16 [rows, groups]."""
+    return blocks.contiguous().view(torch.float16).squeeze(-1)
+
+
+def _nibbles(blocks: torch.Tensor) -> torch.Tensor:
+    """[rows, groups, 16] bytes as codes [rows, cols]: low nibbles are columns 0..15 of a group, high ones 16..31."""
+    return torch.cat([blocks & 15, blocks >> 4], dim=-1).flatten(1)
+
+
+_BLOCKS = {
+    "Q8_0": lambda b: ("int8", b[..., 2:].view(torch.int8).flatten(1), _half_floats(b[..., :2]), None),
+    "Q4_0": lambda b: ("int4", _nibbles(b[..., 2:]), _half_floats(b[..., :2]), None),
+    "Q4_1": lambda b: ("int4", _nibbles(b[..., 4:]), _half_floats(b[..., :2]), _half_floats(b[..., 2:4])),
+}

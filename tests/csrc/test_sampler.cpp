@@ -115,7 +115,9 @@ TEST(sampler, "top_p keeps the shortest prefix that reaches p, and always one to
   CHECK(reachable(params, logits) == (Tokens{0, 1, 2, 3}));
   params.top_p = 1e-6;
   CHECK(reachable(params, logits) == Tokens{1});
-  params.top_p = 0.5;  // over many tokens: the prefix is longer than the first piece that gets sorted
+  params.top_p = 0.5;  // reached exactly: no token more
+  CHECK(reachable(params, {0, 0, 0, 0}) == (Tokens{2, 3}));
+  // Over many tokens: the prefix is longer than the first piece that gets sorted
   const Logits level(1000, 0.25f);
   Tokens upper;
   for (int32_t token : reachable(params, level)) {

@@ -81,7 +81,7 @@ def test_layer_types_may_alternate():
 @pytest.mark.parametrize("name", tiny_models.NAMES)
 def test_every_parameter_of_the_model_is_in_the_weights(name):
     model = tiny_models.make(name)
-    weights = family_of(model.config).weights(model, torch.float32)
+    weights = family_of(model.config).weights(model, torch.float32, torch.float32)
     assert sum(tensor.numel() for tensor in weights.tensors()) == sum(p.numel() for p in model.parameters())
 
 
@@ -258,10 +258,10 @@ def test_parameters_that_nothing_reads_are_refused_by_name():
         d3rt.compile(model)
 
 
-def test_float16_is_refused_with_the_way_out():
-    with pytest.raises(UnsupportedOptionError, match="float16.*dtype=torch.bfloat16"):
-        d3rt.compile(tiny_models.fresh("llama", torch.float16))
-    assert d3rt.compile(tiny_models.fresh("llama", torch.float16), dtype="fp32").dtype == torch.float32
+def test_float64_is_refused_with_the_choices():
+    with pytest.raises(UnsupportedOptionError, match="float64.*choose one of float32"):
+        d3rt.compile(tiny_models.fresh("llama", torch.float64))
+    assert d3rt.compile(tiny_models.fresh("llama", torch.float64), dtype="fp32").dtype == torch.float32
 
 
 def test_a_model_on_another_device_is_refused_with_the_way_out():

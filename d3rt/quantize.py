@@ -1,0 +1,102 @@
+"""Weight widths: how `compile(weights=...)` turns a model's matrices into what the kernels stream.
+
+A width is a dtype (float32, bfloat16, float16: shared with the model where it already has it) or a packed format
+(int8, int4: groups of 32, d3rt.kernels.packing). Matrices are converted one by one, so that two full copies never
+exist beside the model's own.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from d3rt.errors import UnsupportedModelError, UnsupportedOptionError
+from d3rt.kernels.packing import FORMATS, GROUP, PackedMatrix, pack
+
+Matrix = Tensor | PackedMatrix
+Width = str | torch.dtype  # a dtype, "int8" or "int4"
+
+DTYPES = {
+    "float32": torch.float32,
+    "fp32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "bf16": torch.bfloat16,
+    "float16": torch.float16,
+    "fp16": torch.float16,
+}
+
+
+def parse_width(name: str, width: Width) -> str | torch.dtype:
+    """A dtype, or one of "int8" and "int4"; UnsupportedOptionError names the argument and the choices."""
+    if width in FORMATS:
+        return width
+    dtype = DTYPES.get(width) if isinstance(width, str) else width
+    if dtype not in DTYPES.values():
+        raise UnsupportedOptionError(f"{name}={width!r}: choose one of {', '.join((*DTYPES, *FORMATS))}.")
+    return dtype
+
+
+@dataclass(frozen=True)
+class Widths:
+    """The width of each kind of memory; None where it is yet to follow from the model."""
+
+    weights: Width | None
+    lm_head: Width | None
+    kv_cache: torch.dtype | None
+    load_dtype: torch.dtype | None  # to load a checkpoint in
+
+    @classmethod
+    def parse(cls, dtype, weights, lm_head, kv_cache_dtype) -> Widths:
+        """From compile's arguments; UnsupportedOptionError names the one that is wrong."""
+        given = {"dtype": dtype, "weights": weights, "lm_head": lm_head, "kv_cache_dtype": kv_cache_dtype}
+        parsed = {name: None if value is None else parse_width(name, value) for name, value in given.items()}
+        for name in ("dtype", "kv_cache_dtype"):
+            if parsed[name] in FORMATS:
+                instead = "; for weights, pass weights=" + repr(parsed[name]) if name == "dtype" else ""
+                raise UnsupportedOptionError(
+                    f"{name}={parsed[name]!r}: choose one of {', '.join(DTYPES)}{instead}."
+                )
+        width = parsed["weights"] or parsed["dtype"]
+        return cls(
+            weights=width,
+            lm_head=parsed["lm_head"] or ("int8" if width == "int4" else width),
+            kv_cache=parsed["kv_cache_dtype"]
+            or parsed["dtype"]
+            or (torch.bfloat16 if width in FORMATS else width),
+            load_dtype=width if isinstance(width, torch.dtype) else None,
+        )
+
+    def of_model(self, dtype: torch.dtype) -> Widths:
+        """What is still open is as the model has it; UnsupportedOptionError if that is no dtype of ours."""
+        if None in (self.weights, self.lm_head, self.kv_cache):
+            dtype = parse_width("the model's dtype", dtype)
+        return Widths(self.weights or dtype, self.lm_head or dtype, self.kv_cache or dtype, self.load_dtype)
+
+    @property
+    def any_packed(self) -> bool:
+        return self.weights in FORMATS or self.lm_head in FORMATS
+
+    def __str__(self) -> str:
+        names = [str(width).removeprefix("torch.") for width in (self.weights, self.lm_head, self.kv_cache)]
+        return f"{names[0]} (lm_head {names[1]}, K,V {names[2]})"
+
+
+def convert(name: str, weight: Tensor, width: Width) -> Matrix:
+    """The matrix `weight` [rows, cols] in this width: the same storage where it has it already."""
+    if isinstance(width, torch.dtype):
+        return weight.detach().to(width).contiguous()
+    if weight.shape[1] % GROUP:
+        raise UnsupportedModelError(
+            f"weights={width!r}: {name} has {weight.shape[1]} columns, and packed weights need a multiple of {GROUP}; "
+            "choose bf16."
+        )
+    return pack(weight.detach(), width)
+
+
+def tensors_of(matrix: Matrix) -> list[Tensor]:
+    """The tensors that hold it."""
+    if not isinstance(matrix, PackedMatrix):
+        return [matrix]
+    return [part for part in (matrix.data, matrix.scales, matrix.minima) if part is not None]

@@ -1,0 +1,181 @@
+"""int8 and int4 matrices: the layout loses nothing, quantising is as accurate as its step, and every native op with
+packed weights does what kernels/reference.py says, on every ISA."""
+
+from dataclasses import replace
+
+import native_ops
+import pytest
+import torch
+from d3rt.kernels import cases, reference
+from d3rt.kernels.cases import Case
+from d3rt.kernels.packing import FORMATS, GROUP, PackedMatrix, pack, pack_codes, quantise_activations
+from native_ops import ISAS
+
+from d3rt import _C
+
+F32 = torch.float32
+EPS = torch.finfo(F32).eps
+RANGES = {"int8": (-127, 127), "int4": (0, 15)}
+CASES = [
+    Case("embed", "packed", F32, B=3, D=64, V=131),
+    Case("norm_qkv_rope", "packed", F32, B=1, D=64, H=3, G=1, d=20, S=9, pos=(8,), bias=True),
+    Case("norm_qkv_rope", "packed", F32, B=5, D=96, H=4, G=2, d=16, S=5, pos=(0, 1, 2, 3, 4), head_norm=True),
+    Case("proj_add", "packed", F32, B=1, D=33, K=576, bias=True),
+    Case("proj_add", "packed", F32, B=16, D=100, K=32),
+    Case("norm_gate_up", "packed", F32, B=1, D=576, F=172),
+    Case("norm_gate_up", "packed", F32, B=7, D=64, F=70, bias=True),
+    Case("kv_fill", "packed", F32, B=2, D=64, G=3, d=6, S=4, pos=(3, 0), layers=3, bias=True),
+    Case("norm_logits", "packed", F32, B=2, D=64, V=131),
+]
+WEIGHTS = ("table", "wq", "wk", "wv", "w", "w_gate", "w_up")
+each_format = pytest.mark.parametrize("format", [*FORMATS, "int4 with minima"])
+
+
+def random_packed(rows: int, cols: int, format: str) -> PackedMatrix:
+    """Any codes, any scales: what a GGUF file may hold."""
+    generator = torch.Generator().manual_seed(rows * cols)
+    low, high = RANGES[format[:4]]
+    codes = torch.randint(low, high + 1, (rows, cols), generator=generator)
+    scales = torch.randn(rows, cols // GROUP, generator=generator).half() / cols**0.5
+    minima = torch.randn(rows, cols // GROUP, generator=generator).half() if "minima" in format else None
+    return pack_codes(format[:4], codes, scales, minima)
+
+
+def packed_arguments(case: Case, format: str) -> dict:
+    """The case's arguments with every weight packed."""
+
+    def swap(name, value):
+        return random_packed(*value.shape, format) if name in WEIGHTS else value
+
+    arguments = {name: swap(name, value) for name, value in cases.make(case).items()}
+    if "layers" in arguments:
+        arguments["layers"] = [
+            reference.FillLayer(**{name: swap(name, value) for name, value in layer._asdict().items()})
+            for layer in arguments["layers"]
+        ]
+    return arguments
+
+
+def parts(value):
+    """Every tensor in a (nested) argument."""
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, PackedMatrix):
+        yield from parts([value.data, value.scales, value.minima])
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from parts(item)
+
+
+def run_native(case: Case, arguments: dict, isa: str, threads: int) -> dict:
+    tape = native_ops.new_tape(native_ops.arena_of(*parts(list(arguments.values()))), isa, threads)
+    cases.call(tape, case, arguments)
+    tape.replay()
+    return outputs(case, arguments)
+
+
+def outputs(case: Case, arguments: dict) -> dict:
+    plain = {
+        name: [layer._replace(wk=layer.norm, wv=layer.norm) for layer in value] if name == "layers" else value
+        for name, value in arguments.items()
+    }
+    return cases.outputs(case, plain)
+
+
+@each_format
+@pytest.mark.parametrize("shape", [(16, 32), (1, 64), (33, 96), (131, 576)])
+def test_the_layout_keeps_every_code_and_scale(format, shape):
+    low, high = RANGES[format[:4]]
+    codes = torch.randint(low, high + 1, shape)
+    scales = torch.rand(shape[0], shape[1] // GROUP).half()
+    minima = torch.rand(shape[0], shape[1] // GROUP).half() if "minima" in format else None
+    packed = pack_codes(format[:4], codes, scales, minima)
+    zero = 8 if format == "int4" else 0
+    assert torch.equal(packed.codes().long(), codes - zero)
+    assert torch.equal(packed.group_scales(), scales.float())
+    wide = (codes - zero).view(shape[0], -1, GROUP) * scales.float()[..., None]
+    wide = wide + minima.float()[..., None] if minima is not None else wide
+    assert torch.equal(packed.dequantize(), wide.view(shape))
+
+
+def test_int8_is_off_by_half_a_step_at_most():
+    weight = torch.randn(48, 128)
+    packed = pack(weight, "int8")
+    step = packed.group_scales().abs().repeat_interleave(GROUP, dim=1)
+    assert ((packed.dequantize() - weight).abs() <= 0.5 * step * (1 + 2**-9)).all()
+
+
+def test_int4_is_no_worse_than_the_plain_scale_and_better_on_the_whole():
+    weight = torch.randn(48, 128)
+    groups = weight.view(48, -1, GROUP)
+    extreme = groups.gather(-1, groups.abs().argmax(-1, keepdim=True)) / -8
+    plain = (torch.round(groups / extreme + 8).clamp(0, 15) - 8) * extreme
+    ours = (pack(weight, "int4").dequantize().view_as(groups) - groups).square().sum(-1)
+    theirs = (plain - groups).square().sum(-1)
+    assert (ours <= theirs * 1.01).all()  # 1%: our scale is kept in float16
+    assert ours.sum() < 0.95 * theirs.sum()
+
+
+def test_a_group_of_zeros_packs_to_zeros():
+    for format in FORMATS:
+        assert not pack(torch.zeros(16, 32), format).dequantize().any()
+
+
+@each_format
+def test_some_rows_are_taken_without_the_others(format):
+    packed, rows = random_packed(131, 64, format), torch.tensor([130, 0, 17, 17, 15])
+    assert torch.equal(packed.take(rows), packed.dequantize()[rows])
+
+
+def test_a_width_that_is_no_multiple_of_the_group_is_refused():
+    with pytest.raises(ValueError, match="48 columns.*multiple of 32"):
+        pack_codes("int8", torch.zeros(4, 48, dtype=torch.int8), torch.zeros(4, 1))
+    with pytest.raises(ValueError, match="int3.*int8, int4"):
+        pack_codes("int3", torch.zeros(4, 32, dtype=torch.int8), torch.zeros(4, 1))
+
+
+def test_activations_are_off_by_half_a_step_at_most_and_zeros_stay_zero():
+    x = torch.randn(5, 96) * torch.tensor([1e-20, 1, 1e3, 0, 1e20])[:, None]
+    codes, scales = quantise_activations(x)
+    step = scales.repeat_interleave(GROUP, dim=-1)
+    assert ((codes * step - x).abs() <= step * (0.5 + 127 * 2 * EPS)).all()
+    assert codes.abs().max() == 127 and not codes[3].any()
+
+
+@each_format
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_every_op_does_what_the_reference_says(case, isa, format):
+    arguments = packed_arguments(case, format)
+    expected = packed_arguments(case, format)
+    cases.call(reference, case, expected)
+    for name, value in outputs(case, expected).items():
+        # Sums of the same integers, scaled in float32. Where a norm comes first its last bit may differ, which moves
+        # an activation by a whole step where it stood on the edge of two: 2^-7 of a group's largest term.
+        exact_input = case.op in ("embed", "proj_add")
+        size = value.abs().max()
+        allowed = size * (64 * EPS if exact_input else 2**-7)
+        for threads in (1, 3):
+            got = run_native(case, packed_arguments(case, format), isa, threads)[name]
+            assert ((got - value).abs() <= allowed).all(), f"{name}, {threads} threads"
+    del arguments
+
+
+@each_format
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("tokens", [1, 4, 37])
+def test_the_prefill_product_equals_the_reference(tokens, isa, format):
+    w, x = random_packed(70, 96, format), torch.randn(tokens, 96)
+    out = torch.full((tokens, 70), torch.nan)
+    _C.linear(native_ops.pool(2), out, x, w, isa)
+    expected = reference.linear(x, w)
+    assert ((out - expected).abs() <= 64 * EPS * expected.abs().max()).all()
+
+
+def test_a_packed_matrix_of_the_wrong_size_is_refused_by_name():
+    case = CASES[3]
+    arguments = packed_arguments(case, "int8")
+    arguments["w"] = replace(arguments["w"], rows=12)
+    tape = native_ops.new_tape(native_ops.arena_of(*parts(list(arguments.values()))))
+    with pytest.raises(ValueError, match=r"proj_add: w is packed \[12, 576\], but must be \[33, 576\]"):
+        cases.call(tape, case, arguments)
