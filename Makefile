@@ -14,10 +14,10 @@ BUILD_INPUTS = setup.py pyproject.toml CMakeLists.txt $(shell find csrc -type f 
 SANITIZED := build/csrc-sanitized
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test pytest csrc-test bench lint format wheel clean
+.PHONY: help venv demo test pytest csrc-test csrc-test-threads bench lint format wheel clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 venv: .venv/.built ## make .venv with the pinned packages and build d3rt into it (editable)
 
@@ -51,6 +51,13 @@ csrc-test: venv ## run the C++ tests under AddressSanitizer and UBSan
 	  -DD3RT_WERROR=ON -DD3RT_SANITIZE=address,undefined
 	@$(BIN)/cmake --build $(SANITIZED)
 	UBSAN_OPTIONS=print_stacktrace=1 $(SANITIZED)/d3rt_csrc_tests
+
+csrc-test-threads: venv ## run the C++ tests under ThreadSanitizer
+	@PATH="$(CURDIR)/$(BIN):$$PATH" cmake -S . -B build/csrc-threads -G Ninja --log-level=WARNING \
+	  -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja -DCMAKE_BUILD_TYPE=Debug -DD3RT_PYTHON=OFF -DD3RT_TESTS=ON \
+	  -DD3RT_WERROR=ON -DD3RT_SANITIZE=thread
+	@$(BIN)/cmake --build build/csrc-threads
+	build/csrc-threads/d3rt_csrc_tests
 
 bench: venv ## run the benchmarks; results go to out/bench/ as JSON
 	@mkdir -p out/bench

@@ -1,4 +1,4 @@
-"""One decode step by width and depth, and Hugging Face's step beside it: does the time follow the bytes?
+"""One decode step by weight width and depth, and Hugging Face's step beside it: does the time follow the bytes?
 
 A model of SmolLM2-135M's shape with random weights, so that nothing has to be loaded; the time of a step does not
 depend on the values. d3rt's step is a replay of the recorded step, Hugging Face's a call of the model on one token with
@@ -20,11 +20,18 @@ from d3rt.plan import LayerSet, Plan
 
 POSITION = 128  # tokens that the K,V cache holds
 DEPTHS = {"full": 30, "three-quarters": 22, "half": 15}  # retained layers
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+# What Hugging Face runs beside each width: it has no int8 or int4 of its own.
+DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "int8": torch.bfloat16,
+    "int4": torch.bfloat16,
+}
 
 
 @lru_cache(maxsize=1)
-def model(dtype: str) -> LlamaForCausalLM:
+def model(dtype: torch.dtype) -> LlamaForCausalLM:
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=49152,
@@ -36,12 +43,12 @@ def model(dtype: str) -> LlamaForCausalLM:
         max_position_embeddings=2048,
         tie_word_embeddings=True,
     )
-    return LlamaForCausalLM(config).to(DTYPES[dtype]).eval()
+    return LlamaForCausalLM(config).to(dtype).eval()
 
 
 @lru_cache(maxsize=1)
-def runtime(dtype: str) -> d3rt.Runtime:
-    return d3rt.compile(model(dtype), max_seq_len=2 * POSITION)
+def runtime(width: str) -> d3rt.Runtime:
+    return d3rt.compile(model(DTYPES[width]), weights=width, max_seq_len=2 * POSITION)
 
 
 def plan(depth: int) -> Plan:
@@ -49,23 +56,24 @@ def plan(depth: int) -> Plan:
     return Plan.of(LayerSet.except_window(15, 45 - depth, 30))
 
 
-# dtype outside, so that what is compared runs side by side
+# width outside, so that what is compared runs side by side
 @pytest.mark.parametrize("runner", ["transformers", *DEPTHS])
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_decode_step(benchmark, held_against_bandwidth, dtype, runner):
-    benchmark.group = f"decode step, {dtype}"
+@pytest.mark.parametrize("width", DTYPES)
+def test_decode_step(benchmark, held_against_bandwidth, width, runner):
+    benchmark.group = f"decode step, {width}"
     depth = DEPTHS.get(runner, 30)
-    moved = bench.step_bytes(runtime(dtype), plan(depth), POSITION)
     if runner == "transformers":
-        benchmark.pedantic(transformers_step(dtype), rounds=40, warmup_rounds=5)
-    else:
-        step = bench.step_replay(runtime(dtype), plan(depth), POSITION)
+        width = str(DTYPES[width]).removeprefix("torch.")
+        benchmark.pedantic(transformers_step(DTYPES[width]), rounds=40, warmup_rounds=5)
+    moved = bench.step_bytes(runtime(width), plan(depth), POSITION)
+    if runner != "transformers":
+        step = bench.step_replay(runtime(width), plan(depth), POSITION)
         benchmark.pedantic(step, rounds=150, warmup_rounds=10)
     peer = "transformers" if runner == "transformers" else "d3rt"
-    held_against_bandwidth(moved, peer=peer, dtype=dtype, layers=depth, batch=1)
+    held_against_bandwidth(moved, peer=peer, width=width, layers=depth, batch=1)
 
 
-def transformers_step(dtype: str) -> Callable[[], None]:
+def transformers_step(dtype: torch.dtype) -> Callable[[], None]:
     """One token through the Hugging Face model, whose cache is cut back to POSITION tokens after each call."""
     with torch.inference_mode():
         cache, token = DynamicCache(config=model(dtype).config), torch.ones(1, 1, dtype=torch.int64)

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import math
 
-from d3rt.kernels import cases
 from torch import Tensor
 
 from d3rt.backends import make_backend
+from d3rt.kernels import cases
 
 COLD_BYTES = 192 * 2**20  # moved by one replay: several times a last-level cache
 MAX_COPIES = 256  # small ops, whose recording would take longer than the timing

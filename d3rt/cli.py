@@ -76,7 +76,20 @@ def generate(
         bool, typer.Option("--chat", help="The prompt is a user's message to a chat model.")
     ] = False,
     backend: Annotated[str, typer.Option(help="auto, cpu or reference.")] = "auto",
-    dtype: Annotated[str | None, typer.Option(help="float32 or bfloat16. [default: the model's]")] = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option(help="Of weights and K,V: float32, bfloat16 or float16. [default: the model's]"),
+    ] = None,
+    weights: Annotated[
+        str | None, typer.Option(help="Of the weights alone: a dtype, int8 or int4. [default: as --dtype]")
+    ] = None,
+    lm_head: Annotated[
+        str | None,
+        typer.Option(help="Of embedding and lm_head. [default: as --weights; int8 with int4]"),
+    ] = None,
+    kv_cache_dtype: Annotated[
+        str | None, typer.Option(help="Of the K,V cache. [default: as --dtype; bfloat16 with int8 and int4]")
+    ] = None,
     threads: ThreadsOption = None,
     max_new_tokens: Annotated[int, typer.Option(help="At most this many tokens.")] = 128,
     max_seq_len: Annotated[
@@ -127,6 +140,9 @@ def generate(
         max_seq_len=max_seq_len,
         threads=threads,
         kv_fill=kv_fill,
+        weights=weights,
+        lm_head=lm_head,
+        kv_cache_dtype=kv_cache_dtype,
     )
     if runtime.tokenizer is None:
         raise ValueError(

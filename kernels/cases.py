@@ -15,8 +15,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from d3rt.kernels.reference import FillLayer
 from torch import Tensor
+
+from d3rt.kernels.reference import FillLayer
 
 EPS = 1e-5
 ROPE_THETA = 10000.0

@@ -16,8 +16,9 @@ from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
-from d3rt.kernels.packing import GROUP, PackedMatrix, quantise_activations
 from torch import Tensor
+
+from d3rt.kernels.packing import GROUP, PackedMatrix, quantise_activations
 
 
 class FillLayer(NamedTuple):

@@ -9,11 +9,11 @@ from functools import cache
 from unittest import mock
 
 import torch
-from d3rt.kernels import cases, reference
-from d3rt.kernels.cases import Case
 from torch import Tensor
 
 from d3rt import _C
+from d3rt.kernels import cases, reference
+from d3rt.kernels.cases import Case
 
 ISAS = _C.available_isas()
 EPS = torch.finfo(torch.float32).eps

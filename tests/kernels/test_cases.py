@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from d3rt.kernels import cases
 
 TESTED = [case for op in cases.OPS for case in cases.TEST_CASES[op]]

@@ -33,7 +33,9 @@ def test_the_isas_of_this_processor_are_named_slowest_first():
     if platform.machine() == "x86_64":
         flags = set(Path("/proc/cpuinfo").read_text().split("flags", 1)[1].split("\n", 1)[0].split())
         assert ("avx2" in isas) == {"avx2", "fma"}.issubset(flags)
-        assert ("avx512" in isas) == {"avx512f", "avx512bw", "avx512vl", "avx512dq"}.issubset(flags)
+        assert ("avx512" in isas) == {"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_vnni"}.issubset(
+            flags
+        )
 
 
 @pytest.mark.parametrize("isa", _C.available_isas())

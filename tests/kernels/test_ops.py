@@ -3,8 +3,9 @@
 import native_ops
 import pytest
 import torch
-from d3rt.kernels import cases, reference
 from native_ops import ISAS
+
+from d3rt.kernels import cases, reference
 
 ALL = [case for op in cases.OPS for case in cases.TEST_CASES[op]]
 SOME = [case for case in ALL if case.name in ("gqa3", "gqa16", "odd", "triple", "three_layers", "full_batch")]

@@ -6,12 +6,12 @@ from dataclasses import replace
 import native_ops
 import pytest
 import torch
-from d3rt.kernels import cases, reference
-from d3rt.kernels.cases import Case
-from d3rt.kernels.packing import FORMATS, GROUP, PackedMatrix, pack, pack_codes, quantise_activations
 from native_ops import ISAS
 
 from d3rt import _C
+from d3rt.kernels import cases, reference
+from d3rt.kernels.cases import Case
+from d3rt.kernels.packing import FORMATS, GROUP, PackedMatrix, pack, pack_codes, quantise_activations
 
 F32 = torch.float32
 EPS = torch.finfo(F32).eps

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from d3rt.kernels import cases, reference
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import LlamaConfig, Qwen3Config
 from transformers.models.llama.modeling_llama import (
@@ -13,6 +12,8 @@ from transformers.models.llama.modeling_llama import (
     apply_rotary_pos_emb,
 )
 from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention
+
+from d3rt.kernels import cases, reference
 
 # The same float32 operations, in another order at places: a few eps of the largest value.
 EPS = 8 * torch.finfo(torch.float32).eps

@@ -5,7 +5,6 @@ import random
 
 import pytest
 import torch
-from d3rt.kernels import reference
 from transformers import (
     LogitsProcessorList,
     MinPLogitsWarper,
@@ -18,6 +17,7 @@ from transformers import (
 from d3rt import _C
 from d3rt.backends.reference import choose
 from d3rt.errors import NotFiniteError
+from d3rt.kernels import reference
 from d3rt.sampling import SamplingParams
 
 INF = float("inf")

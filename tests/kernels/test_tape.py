@@ -7,10 +7,10 @@ import weakref
 import native_ops
 import pytest
 import torch
-from d3rt.kernels import cases, reference
 
 from d3rt import _C
 from d3rt.errors import ForeignBufferError
+from d3rt.kernels import cases, reference
 
 F32, BF16 = torch.float32, torch.bfloat16
 BY_OP = {

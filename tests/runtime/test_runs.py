@@ -4,9 +4,9 @@ import pytest
 import schedules
 import tiny_models
 import torch
-from d3rt.kernels import reference
 
 import d3rt
+from d3rt.kernels import reference
 
 BACKENDS = ("reference", "cpu")
 STEPS = 14

@@ -5,9 +5,9 @@ import pytest
 import stories260k
 import tiny_models
 import torch
-from d3rt.kernels.packing import PackedMatrix
 
 import d3rt
+from d3rt.kernels.packing import PackedMatrix
 from d3rt.models.loading import packed_from_gguf
 
 
