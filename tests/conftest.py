@@ -2,12 +2,16 @@
 
 import importlib.util
 import json
+import signal
 from pathlib import Path
 
 import pytest
 import torch
 
 import d3rt
+
+# A shell that starts the tests in the background lets them ignore Ctrl-C, and so would every process they start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 PROMPTS = Path(__file__).parent / "data" / "prompts.json"
 DEMO_NEW_TOKENS = 128

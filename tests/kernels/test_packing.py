@@ -146,7 +146,6 @@ def test_activations_are_off_by_half_a_step_at_most_and_zeros_stay_zero():
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_every_op_does_what_the_reference_says(case, isa, format):
-    arguments = packed_arguments(case, format)
     expected = packed_arguments(case, format)
     cases.call(reference, case, expected)
     for name, value in outputs(case, expected).items():
@@ -158,7 +157,6 @@ def test_every_op_does_what_the_reference_says(case, isa, format):
         for threads in (1, 3):
             got = run_native(case, packed_arguments(case, format), isa, threads)[name]
             assert ((got - value).abs() <= allowed).all(), f"{name}, {threads} threads"
-    del arguments
 
 
 @each_format
