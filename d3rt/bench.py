@@ -201,7 +201,8 @@ def step_replay(runtime: Runtime, plan: Plan, position: int) -> Callable[[], Non
 
 def step_bytes(runtime: Runtime, plan: Plan, position: int) -> int:
     """Weight and K,V bytes that the step of `step_replay` reads."""
-    return runtime._decoder.step_bytes(plan) + runtime._kv_bytes(plan, [position], 1)
+    (kv_bytes,) = runtime._kv_bytes([plan], lengths=[position], ends=[position])
+    return runtime._decoder.step_bytes(plan) + kv_bytes
 
 
 def versions(packages: Sequence[str] = ("d3rt", "torch", "transformers")) -> dict[str, str]:
