@@ -13,7 +13,6 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -29,10 +28,11 @@ from d3rt.kernels.packing import PackedMatrix
 from d3rt.kv_cache import KVCache
 from d3rt.memory import MemoryReport, prefill_bytes
 from d3rt.models import family_of
-from d3rt.models.decoder import Decoder, StepBuffers, nbytes
+from d3rt.models.decoder import Decoder, nbytes
 from d3rt.models.loading import load_model, packed_from_gguf
 from d3rt.plan import LayerSet, Plan
 from d3rt.policies import FullDepth, Policy, parse
+from d3rt.programs import ProgramInfo, Rows
 from d3rt.quantize import Widths
 from d3rt.result import GenerateOutput, GenerationStats
 from d3rt.sampling import SamplingParams
@@ -104,49 +104,6 @@ def compile(
     return Runtime(model, policy, chosen, widths, max_seq_len, batch_size, kv_fill, tokenizer, packed)
 
 
-@dataclass(frozen=True)
-class ProgramInfo:
-    """One recorded step, as `Runtime.programs()` lists it."""
-
-    plan: Plan
-    rows: int
-    depth: float
-    weight_bytes: int  # read by one replay
-    replays: int
-
-    def __str__(self) -> str:
-        megabytes = self.weight_bytes / 1e6
-        return f"rows {self.rows}: {self.plan} ({self.depth} layers, {megabytes:.1f} MB, replayed {self.replays}x)"
-
-
-class _Rows:
-    """Buffers, dispatcher and recorded steps for one number of rows.
-
-    Keeps no reference to the runtime, which keeps this: a dropped runtime's cache is freed at once, not by the garbage
-    collector some time.
-    """
-
-    def __init__(self, runtime: Runtime, rows: int):
-        backend, decoder = runtime.backend, runtime._decoder
-        self.buffers = StepBuffers(runtime.config, runtime._cache, *runtime._rope, rows)
-        backend.own(self.buffers.tensors())
-        buf = self.buffers
-        self.loop = backend.loop(buf.token, buf.pos, buf.logits, buf.filled)
-        self.first_logits = backend.record(lambda ops: decoder.project_logits(ops, buf))
-        self._backend, self._decoder = backend, decoder
-        self.numbers: dict[Plan, int] = {}
-        self.replays: Counter[Plan] = Counter()
-
-    def number(self, plan: Plan) -> int:
-        """The dispatcher's number of this plan's program, recorded on first use."""
-        if plan not in self.numbers:
-            decoder, buf = self._decoder, self.buffers
-            program = self._backend.record(lambda ops: decoder.decode_step(ops, plan, buf))
-            reads = plan.layer_set.attention_layers
-            self.numbers[plan] = self.loop.add(program, reads, plan.fill_layers)
-        return self.numbers[plan]
-
-
 class Runtime:
     """A compiled model; made by `d3rt.compile`. `last_run` tells what the last generation did."""
 
@@ -195,7 +152,7 @@ class Runtime:
         self._cache = KVCache(self.config, batch_size, self.max_seq_len, self.widths.kv_cache)
         backend.own(self._decoder.weights.tensors())
         self._shared_bytes = _shared_bytes(model, self._decoder.weights.tensors())
-        self._rows: dict[int, _Rows] = {}
+        self._rows: dict[int, Rows] = {}
         self._lock = threading.Lock()
         self._pid = os.getpid()
         self._owner: int | None = None  # the thread whose generation runs
@@ -363,7 +320,7 @@ class Runtime:
             self._note(request, plans, rows, prefill_seconds, step_seconds)
 
     def _dispatch(
-        self, request: Request, rows: _Rows, programs: list[int], wait_for_all: bool
+        self, request: Request, rows: Rows, programs: list[int], wait_for_all: bool
     ) -> Iterator[Tensor]:
         """The dispatcher runs the whole generation; Python only waits, so that Ctrl-C is noticed."""
         loop = rows.loop
@@ -392,7 +349,7 @@ class Runtime:
     def _drive(
         self,
         request: Request,
-        rows: _Rows,
+        rows: Rows,
         programs: list[int],
         scores: list[Tensor],
         logits: list[Tensor],
@@ -430,7 +387,7 @@ class Runtime:
                 break
 
     def _note(
-        self, request, plans, rows: _Rows, prefill_seconds: float, step_seconds: Sequence[float]
+        self, request, plans, rows: Rows, prefill_seconds: float, step_seconds: Sequence[float]
     ) -> None:
         """last_run and the replay counts, from the steps that really ran."""
         ran = plans[: len(step_seconds)]
@@ -474,9 +431,9 @@ class Runtime:
 
     # -- what is recorded, and what it takes ---------------------------------------------------------------------
 
-    def _for_rows(self, rows: int) -> _Rows:
+    def _for_rows(self, rows: int) -> Rows:
         if rows not in self._rows:
-            self._rows[rows] = _Rows(self, rows)
+            self._rows[rows] = Rows(self.backend, self._decoder, self._cache, self._rope, rows)
         return self._rows[rows]
 
     def warmup(self, max_new_tokens: int | None = None, rows: int | None = None) -> int:
