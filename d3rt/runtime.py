@@ -174,8 +174,7 @@ class Runtime:
 
         Runs in C++ from the first sampled token to the last, except when a Python object must see every step
         (logits_processor, stopping_criteria, stop_strings, max_time, output_scores, output_logits, and options that
-        only transformers' own processors implement): then Python drives the same recorded steps, at some 0.1-0.5 ms a
-        token. `seed` or `generator` fix what do_sample draws; else torch's global generator does. What row r draws at a
+        only transformers' own processors implement): then Python drives the same recorded steps. `seed` or `generator` fix what do_sample draws; else torch's global generator does. What row r draws at a
         step depends on the seed, the step and r alone, not on the other rows. Beams and other unsupported options raise
         UnsupportedOptionError, an unknown keyword a TypeError. Ctrl-C stops after the current step.
         """
