@@ -174,8 +174,9 @@ class Runtime:
 
         Runs in C++ from the first sampled token to the last, except when a Python object must see every step
         (logits_processor, stopping_criteria, stop_strings, max_time, output_scores, output_logits, and options that
-        only transformers' own processors implement): then Python drives the same recorded steps. `seed` or `generator` fix what do_sample draws; else torch's global generator does. What row r draws at a
-        step depends on the seed, the step and r alone, not on the other rows. Beams and other unsupported options raise
+        only transformers' own processors implement): then Python drives the same recorded steps.
+        `seed` or `generator` fix what do_sample draws; else torch's global generator does. What row r draws at a step
+        depends on the seed, the step and r alone, not on the other rows. Beams and other unsupported options raise
         UnsupportedOptionError, an unknown keyword a TypeError. Ctrl-C stops after the current step.
         """
         request = resolve(self.config, self.generation_config, inputs, generation_config, **kwargs)
