@@ -169,6 +169,7 @@ extern const Kernels kernels_avx2;
 extern const Kernels kernels_avx512;
 #elif defined(__aarch64__)
 extern const Kernels kernels_neon;
+extern const Kernels kernels_neon_dotprod;
 #endif
 
 }  // namespace d3rt::cpu

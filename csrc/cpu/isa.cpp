@@ -4,8 +4,25 @@
 
 #include "../errors.h"
 
+#if defined(__aarch64__) && defined(__linux__)
+#include <sys/auxv.h>
+#endif
+
 namespace d3rt::cpu {
 namespace {
+
+#if defined(__aarch64__)
+bool has_dotprod() {
+#if defined(__ARM_FEATURE_DOTPROD)  // part of what everything is compiled for
+  return true;
+#elif defined(__linux__)
+  constexpr unsigned long kAsimdDp = 1ul << 20;  // HWCAP_ASIMDDP, which older headers do not name
+  return (getauxval(AT_HWCAP) & kAsimdDp) != 0;
+#else
+  return false;
+#endif
+}
+#endif
 
 std::vector<const Kernels*> available() {
   std::vector<const Kernels*> tables = {&kernels_scalar};
@@ -13,10 +30,12 @@ std::vector<const Kernels*> available() {
   __builtin_cpu_init();
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) tables.push_back(&kernels_avx2);
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"))
+      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+      __builtin_cpu_supports("avx512vnni"))
     tables.push_back(&kernels_avx512);
 #elif defined(__aarch64__)
   tables.push_back(&kernels_neon);
+  if (has_dotprod()) tables.push_back(&kernels_neon_dotprod);
 #endif
   return tables;
 }

@@ -47,6 +47,20 @@ D3RT_INLINE void quantise_rows(const Quantised& q, const float* x, int64_t x_str
       _mm_storeu_si128(reinterpret_cast<__m128i*>(codes), _mm512_cvtepi32_epi8(a));
       _mm_storeu_si128(reinterpret_cast<__m128i*>(codes + 16), _mm512_cvtepi32_epi8(b32));
       sum = _mm512_reduce_add_epi32(_mm512_add_epi32(a, b32));
+#elif defined(D3RT_NEON)
+      float32x4_t v[kGroup / 4], size = vdupq_n_f32(0);
+      for (int i = 0; i < kGroup / 4; ++i)
+        v[i] = vld1q_f32(in + 4 * i), size = vmaxq_f32(size, vabsq_f32(v[i]));
+      const float largest = vmaxvq_f32(size);
+      const float inverse = largest == 0 ? 0.0f : 127.0f / largest;
+      for (int i = 0; i < kGroup / 4; i += 4) {
+        int16x4_t part[4];
+        for (int j = 0; j < 4; ++j) part[j] = vqmovn_s32(vcvtnq_s32_f32(vmulq_n_f32(v[i + j], inverse)));
+        const int8x16_t line = vcombine_s8(vqmovn_s16(vcombine_s16(part[0], part[1])),
+                                           vqmovn_s16(vcombine_s16(part[2], part[3])));
+        vst1q_s8(codes + 4 * i, line);
+        sum += vaddlvq_s8(line);
+      }
 #else
       float largest = 0;
       for (int i = 0; i < kGroup; ++i) {
@@ -196,7 +210,176 @@ D3RT_INLINE void tile_store(float* out, TileAcc acc) {
   _mm256_storeu_ps(out + 8, acc.half[1]);
 }
 
-#else  // scalar, neon: plain loops over the lanes, which compilers turn into vectors
+#elif defined(D3RT_NEON)
+
+struct Products {
+  int32x4_t quad[4];  // rows 4 i .. 4 i + 3
+};
+
+#if defined(D3RT_ISA_neon_dotprod)
+
+// Quads summed at once: three or four sums, so that none waits for its last addition, and all stay in
+// registers.
+template <int NB>
+constexpr int kQuads = NB < 3 ? 4 / NB : 1;
+template <int NB>
+using Sums = int32x4_t[kQuads<NB>][NB];
+
+// Word kWord (of four) of a row's quad and of the activations: products of four columns.
+template <int NB, int kWord>
+D3RT_INLINE void add_word(int32x4_t (&sum)[NB], int8x16_t w, const int8x16_t (&codes)[NB]) {
+  for (int b = 0; b < NB; ++b) sum[b] = vdotq_laneq_s32(sum[b], w, codes[b], kWord);
+}
+template <int NB, int kWord>
+D3RT_INLINE void add_int8(Sums<NB>& sum, const int8_t* line, const int8x16_t (&codes)[NB]) {
+  for (int i = 0; i < kQuads<NB>; ++i) add_word<NB, kWord>(sum[i], vld1q_s8(line + 16 * i), codes);
+}
+template <int NB, int kWord>
+D3RT_INLINE void add_int4(Sums<NB>& sum, const uint8_t* line, const int8x16_t (&low)[NB],
+                          const int8x16_t (&high)[NB]) {
+  for (int i = 0; i < kQuads<NB>; ++i) {
+    const uint8x16_t both = vld1q_u8(line + 16 * i);
+    add_word<NB, kWord>(sum[i], vreinterpretq_s8_u8(vandq_u8(both, vdupq_n_u8(15))), low);
+    add_word<NB, kWord>(sum[i], vreinterpretq_s8_u8(vshrq_n_u8(both, 4)), high);
+  }
+}
+// The empty asm holds the sums here: compilers would rather sum each slot where it is scaled, with all
+// weights of the group unpacked and waiting on the stack.
+template <int NB>
+D3RT_INLINE void keep(Sums<NB>& sum, int first_quad, Products* out) {
+  for (int i = 0; i < kQuads<NB>; ++i)
+    for (int b = 0; b < NB; ++b) {
+      asm volatile("" : "+w"(sum[i][b]));
+      out[b].quad[first_quad + i] = sum[i][b];
+    }
+}
+template <int NB>
+D3RT_INLINE void group_int8(const int8_t* tile, const int8_t* const* codes, const int32_t*, Products* out) {
+  int8x16_t low[NB], high[NB];
+  for (int b = 0; b < NB; ++b) low[b] = vld1q_s8(codes[b]), high[b] = vld1q_s8(codes[b] + 16);
+  for (int quad = 0; quad < 4; quad += kQuads<NB>) {
+    const int8_t* line = tile + 16 * quad;
+    Sums<NB> sum;
+    for (int i = 0; i < kQuads<NB>; ++i)
+      for (int b = 0; b < NB; ++b) sum[i][b] = vdupq_n_s32(0);
+    add_int8<NB, 0>(sum, line, low);
+    add_int8<NB, 1>(sum, line + 64, low);
+    add_int8<NB, 2>(sum, line + 128, low);
+    add_int8<NB, 3>(sum, line + 192, low);
+    add_int8<NB, 0>(sum, line + 256, high);
+    add_int8<NB, 1>(sum, line + 320, high);
+    add_int8<NB, 2>(sum, line + 384, high);
+    add_int8<NB, 3>(sum, line + 448, high);
+    keep<NB>(sum, quad, out);
+  }
+}
+template <int NB>
+D3RT_INLINE void group_int4(const uint8_t* tile, int zero, const int8_t* const* codes, const int32_t* sums,
+                            Products* out) {
+  int8x16_t low[NB], high[NB];
+  for (int b = 0; b < NB; ++b) low[b] = vld1q_s8(codes[b]), high[b] = vld1q_s8(codes[b] + 16);
+  for (int quad = 0; quad < 4; quad += kQuads<NB>) {
+    const uint8_t* line = tile + 16 * quad;
+    Sums<NB> sum;
+    for (int i = 0; i < kQuads<NB>; ++i)
+      for (int b = 0; b < NB; ++b) sum[i][b] = vdupq_n_s32(-zero * sums[b]);
+    add_int4<NB, 0>(sum, line, low, high);
+    add_int4<NB, 1>(sum, line + 64, low, high);
+    add_int4<NB, 2>(sum, line + 128, low, high);
+    add_int4<NB, 3>(sum, line + 192, low, high);
+    keep<NB>(sum, quad, out);
+  }
+}
+
+#else  // ARMv8.0 multiplies int8 into int16: a register is two rows' four columns
+
+// Slots taken at once: the sums of more would not fit the registers, and tiles come from L1 a second time.
+template <int NB>
+constexpr int kSlots = NB < 2 ? NB : 2;
+
+D3RT_INLINE int8x16_t word(const int8_t* codes, int c) {
+  int32_t four;
+  __builtin_memcpy(&four, codes + 4 * c, 4);
+  return vreinterpretq_s8_s32(vdupq_n_s32(four));
+}
+template <int NB>
+D3RT_INLINE void group_int8(const int8_t* tile, const int8_t* const* codes, const int32_t* sums,
+                            Products* out) {
+  constexpr int kN = kSlots<NB>;
+  int32x4_t low[kN][4], high[kN][4];  // the first and last two rows of each quad
+  for (int b = 0; b < kN; ++b)
+    for (int i = 0; i < 4; ++i) low[b][i] = high[b][i] = vdupq_n_s32(0);
+  for (int c = 0; c < 8; c += 2) {
+    int8x16_t a0[kN], a1[kN];
+    for (int b = 0; b < kN; ++b) a0[b] = word(codes[b], c), a1[b] = word(codes[b], c + 1);
+    for (int i = 0; i < 4; ++i) {
+      const int8x16_t w0 = vld1q_s8(tile + 64 * c + 16 * i), w1 = vld1q_s8(tile + 64 * c + 64 + 16 * i);
+      for (int b = 0; b < kN; ++b) {  // int16: 2 * 127 * 127 fits
+        const int16x8_t one = vmull_s8(vget_low_s8(w0), vget_low_s8(a0[b])), two = vmull_high_s8(w0, a0[b]);
+        low[b][i] = vpadalq_s16(low[b][i], vmlal_s8(one, vget_low_s8(w1), vget_low_s8(a1[b])));
+        high[b][i] = vpadalq_s16(high[b][i], vmlal_high_s8(two, w1, a1[b]));
+      }
+    }
+  }
+  for (int b = 0; b < kN; ++b)
+    for (int i = 0; i < 4; ++i) out[b].quad[i] = vpaddq_s32(low[b][i], high[b][i]);
+  if constexpr (NB > kN) group_int8<NB - kN>(tile, codes + kN, sums + kN, out + kN);
+}
+template <int NB>
+D3RT_INLINE void group_int4(const uint8_t* tile, int zero, const int8_t* const* codes, const int32_t* sums,
+                            Products* out) {
+  constexpr int kN = kSlots<NB>;
+  int16x8_t low[kN][4], high[kN][4];
+  for (int b = 0; b < kN; ++b)
+    for (int i = 0; i < 4; ++i) low[b][i] = high[b][i] = vdupq_n_s16(0);
+  for (int c = 0; c < 4; ++c) {
+    int8x16_t a0[kN], a1[kN];
+    for (int b = 0; b < kN; ++b) a0[b] = word(codes[b], c), a1[b] = word(codes[b], c + 4);
+    for (int i = 0; i < 4; ++i) {
+      const uint8x16_t both = vld1q_u8(tile + 64 * c + 16 * i);
+      const int8x16_t w0 = vreinterpretq_s8_u8(vandq_u8(both, vdupq_n_u8(15)));
+      const int8x16_t w1 = vreinterpretq_s8_u8(vshrq_n_u8(both, 4));
+      for (int b = 0; b < kN; ++b) {
+        low[b][i] = vmlal_s8(low[b][i], vget_low_s8(w0), vget_low_s8(a0[b]));
+        high[b][i] = vmlal_high_s8(high[b][i], w0, a0[b]);
+        low[b][i] = vmlal_s8(low[b][i], vget_low_s8(w1), vget_low_s8(a1[b]));
+        high[b][i] = vmlal_high_s8(high[b][i], w1, a1[b]);
+      }
+    }
+  }
+  for (int b = 0; b < kN; ++b)
+    for (int i = 0; i < 4; ++i) {  // int16: two columns of eight words, 2 * 8 * 15 * 127, fit
+      const int32x4_t rows = vpaddlq_s16(vpaddq_s16(low[b][i], high[b][i]));
+      out[b].quad[i] = vaddq_s32(rows, vdupq_n_s32(-zero * sums[b]));
+    }
+  if constexpr (NB > kN) group_int4<NB - kN>(tile, zero, codes + kN, sums + kN, out + kN);
+}
+
+#endif
+
+struct TileAcc {
+  float32x4_t quad[4];
+};
+struct TileScale {
+  float32x4_t quad[4];
+};
+D3RT_INLINE TileScale tile_scale(const f16* p) {
+  return {{load(p).v, load(p + 4).v, load(p + 8).v, load(p + 12).v}};
+}
+D3RT_INLINE void scale_add(TileAcc& acc, const Products& products, const TileScale& scale, float activation) {
+  for (int i = 0; i < 4; ++i)
+    acc.quad[i] =
+        vfmaq_f32(acc.quad[i], vcvtq_f32_s32(products.quad[i]), vmulq_n_f32(scale.quad[i], activation));
+}
+D3RT_INLINE void minimum_add(TileAcc& acc, const TileScale& minimum, float activation) {
+  for (int i = 0; i < 4; ++i) acc.quad[i] = vfmaq_n_f32(acc.quad[i], minimum.quad[i], activation);
+}
+D3RT_INLINE TileAcc tile_zero() { return {{vdupq_n_f32(0), vdupq_n_f32(0), vdupq_n_f32(0), vdupq_n_f32(0)}}; }
+D3RT_INLINE void tile_store(float* out, const TileAcc& acc) {
+  for (int i = 0; i < 4; ++i) vst1q_f32(out + 4 * i, acc.quad[i]);
+}
+
+#else  // scalar: plain loops over the lanes, which compilers turn into vectors
 
 struct Products {
   int32_t lane[kTileRows];

@@ -7,7 +7,8 @@
 
 #if defined(D3RT_ISA_avx2) || defined(D3RT_ISA_avx512)
 #include <immintrin.h>
-#elif defined(D3RT_ISA_neon)
+#elif defined(D3RT_ISA_neon) || defined(D3RT_ISA_neon_dotprod)
+#define D3RT_NEON  // the two differ only in packed.h, in how int8 products are summed
 #include <arm_neon.h>
 #endif
 
@@ -167,7 +168,7 @@ D3RT_INLINE bool any_nan_or_equal(Vec a, Vec b) {
   return _mm256_movemask_ps(_mm256_cmp_ps(a.v, b.v, _CMP_EQ_UQ)) != 0;
 }
 
-#elif defined(D3RT_ISA_neon)
+#elif defined(D3RT_NEON)
 
 struct Vec {
   static constexpr int kLanes = 4;

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# Builds the C++ tests for aarch64 and runs them under QEMU, so that the NEON kernels are tested on any machine.
-# Needs Debian's g++-aarch64-linux-gnu and qemu-user-static; exits with 77 when one of them is missing. The
-# first argument, if any, names the tests to run, as for d3rt_csrc_tests.
+# Builds the C++ tests for aarch64 and runs them under QEMU, so that the NEON kernels are tested on any machine:
+# on a processor without dot products and on one with them. Needs Debian's g++-aarch64-linux-gnu and
+# qemu-user-static; exits with 77 when one of them is missing. The first argument, if any, names the tests to run,
+# as for d3rt_csrc_tests.
 #
 # By hand rather than by CMake: no toolchain file, and the few flags are the ones of CMakeLists.txt.
 set -euo pipefail
@@ -25,12 +26,25 @@ compile() { # compile OUTPUT SOURCE [FLAG...], in the background; without its ob
   "$CXX" -std=c++17 -O1 -Wall -Wextra -Werror -ffp-contract=fast -pthread -Icsrc -c "$2" -o "$build/$1.o" "${@:3}" &
   objects+=("$build/$1.o")
 }
-for isa in scalar neon; do
-  compile "kernels_$isa" csrc/cpu/kernels.cpp "-DD3RT_ISA=$isa" "-DD3RT_ISA_$isa"
-done
+compile_isa() { # compile_isa NAME [FLAG...]
+  compile "kernels_$1" csrc/cpu/kernels.cpp "-DD3RT_ISA=$1" "-DD3RT_ISA_$1" "${@:2}"
+}
+compile_isa scalar
+compile_isa neon
+compile_isa neon_dotprod -march=armv8.2-a+dotprod
 for source in csrc/*.cpp csrc/cpu/isa.cpp tests/csrc/*.cpp; do
   [ "$source" = csrc/bindings.cpp ] || compile "$(basename "$source" .cpp)" "$source"
 done
 wait
 "$CXX" -static -pthread "${objects[@]}" -o "$build/d3rt_csrc_tests"
-"$QEMU" "$build/d3rt_csrc_tests" "$@"
+
+run() { # run PROCESSOR ISAS [TEST]: the tests run every ISA that they find, so these must be the ones found
+  echo "$1"
+  "$QEMU" -cpu "$1" "$build/d3rt_csrc_tests" "${@:3}" | tee "$build/output"
+  if ! grep -qx "ISAs: $2" "$build/output"; then
+    echo "$1: expected the ISAs $2"
+    exit 1
+  fi
+}
+run cortex-a53 "scalar neon" "$@"
+run max "scalar neon neon_dotprod" "$@"

@@ -130,6 +130,40 @@ TEST(packed, "a product sums codes exactly, group by group, whatever the batch a
   });
 }
 
+// Scales of 1 and activations whose largest is 127: every sum is a whole number that float32 holds.
+TEST(packed, "the largest codes are summed without overflow") {
+  for_each_kernel([](const cpu::Kernels& kernels, int threads, const Format& format) {
+    constexpr int64_t kB = 5, kRows = 32, kCols = 64;
+    constexpr uint16_t kOne = 0x3c00;
+    Memory memory;
+    const MatrixView w = random_matrix(memory, format, kRows, kCols);
+    const bool is_int8 = std::string(format.name) == "int8";
+    for (int64_t i = 0; i < w.data.numel(); ++i) {
+      const int64_t row = i / 4 % kTileRows, column = i % 4;  // four rows in turn: high, low, both, mirrored
+      const bool high = row % 4 == 0 || (row % 4 > 1 && column % 2 == row % 4 % 2);
+      w.data.ptr<uint8_t>()[i] = is_int8 ? (high ? 127 : 129) : (high ? 255 : 0);
+    }
+    for (const TensorView* view : {&w.scales, &w.minima})
+      for (int64_t i = 0; i < (*view ? view->numel() : 0); ++i)
+        std::memcpy(view->ptr<char>() + 2 * i, &kOne, 2);
+    const TensorView out = memory.tensor(DType::f32, {kB, kRows}), a = memory.tensor(DType::f32, {kB, kCols});
+    for (int64_t b = 0; b < kB; ++b)
+      for (int64_t i = 0; i < kCols; ++i) {
+        const bool negative = b == 1 || (b > 1 && i % 2 == b % 2);
+        a.ptr<float>()[b * kCols + i] = negative ? -127.0f : 127.0f;
+      }
+    Tape tape(std::make_shared<ThreadPool>(threads), memory.arena, kernels);
+    tape.record(Linear{out, a, w});
+    tape.replay();
+    for (int64_t b = 0; b < kB; ++b)
+      for (int64_t row = 0; row < kRows; ++row) {
+        double value, size;
+        product(w, row, a, b, &value, &size);
+        CHECK_EQ(static_cast<double>(out.ptr<float>()[b * kRows + row]), value);
+      }
+  });
+}
+
 TEST(packed, "a prefill's product takes any number of tokens") {
   for_each_kernel([](const cpu::Kernels& kernels, int threads, const Format& format) {
     for (int64_t T : {1, 5, 33}) {

@@ -28,7 +28,7 @@ def python(code, **environment):
 def test_the_isas_of_this_processor_are_named_slowest_first():
     isas = _C.available_isas()
     assert isas[0] == "scalar"
-    expected = {"x86_64": {"scalar", "avx2", "avx512"}, "aarch64": {"scalar", "neon"}}
+    expected = {"x86_64": {"scalar", "avx2", "avx512"}, "aarch64": {"scalar", "neon", "neon_dotprod"}}
     assert set(isas) <= expected.get(platform.machine(), {"scalar"})
     if platform.machine() == "x86_64":
         flags = set(Path("/proc/cpuinfo").read_text().split("flags", 1)[1].split("\n", 1)[0].split())
@@ -112,4 +112,4 @@ def test_the_neon_kernels_pass_the_cpp_tests_under_qemu():
         pytest.skip(f"missing {', '.join(missing)} (Debian: g++-aarch64-linux-gnu, qemu-user-static)")
     ran = subprocess.run([CHECK_NEON], capture_output=True, text=True, timeout=600)
     assert ran.returncode == 0, (ran.stdout + ran.stderr)[-4000:]
-    assert "ISAs: scalar neon" in ran.stdout
+    assert "ISAs: scalar neon neon_dotprod\n" in ran.stdout
