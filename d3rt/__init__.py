@@ -17,6 +17,7 @@ from d3rt.errors import (
     HoleError,
     ModelNotFoundError,
     PolicyError,
+    SaveError,
     UnsupportedModelError,
     UnsupportedOptionError,
 )
@@ -36,7 +37,7 @@ from d3rt.policies import (
 if TYPE_CHECKING:
     from d3rt.models.loading import demo_model, load_model
     from d3rt.result import GenerateOutput, GenerationStats
-    from d3rt.runtime import Runtime, compile
+    from d3rt.runtime import Runtime, compile, load
 
 __version__ = "0.1.0"
 
@@ -44,6 +45,7 @@ __version__ = "0.1.0"
 _LAZY = {
     "compile": "d3rt.runtime",
     "Runtime": "d3rt.runtime",
+    "load": "d3rt.runtime",
     "demo_model": "d3rt.models.loading",
     "load_model": "d3rt.models.loading",
     "GenerateOutput": "d3rt.result",
@@ -64,6 +66,7 @@ __all__ = [
     "Policy",
     "PolicyError",
     "Runtime",
+    "SaveError",
     "Schedule",
     "SkipDecode",
     "StaticLayers",
@@ -72,6 +75,7 @@ __all__ = [
     "UnsupportedOptionError",
     "compile",
     "demo_model",
+    "load",
     "load_model",
     "parse",
 ]

@@ -62,7 +62,10 @@ def _command(function: Callable[..., None]) -> Callable[..., None]:
 
 ModelOption = Annotated[
     str | None,
-    typer.Option(metavar="PATH|ID", help="Folder, GGUF file or hub id. [default: the embedded SmolLM2-135M]"),
+    typer.Option(
+        metavar="PATH|ID",
+        help="Folder (Hugging Face's, or saved by d3rt), GGUF file or hub id. [default: the embedded SmolLM2-135M]",
+    ),
 ]
 ThreadsOption = Annotated[int | None, typer.Option(help="Threads of the decode steps. [default: every core]")]
 
@@ -70,7 +73,10 @@ ThreadsOption = Annotated[int | None, typer.Option(help="Threads of the decode s
 @_command
 def generate(
     prompt: Annotated[str, typer.Argument(help='The text to continue; "-" reads it from stdin.')],
-    policy: Annotated[str, typer.Option(help="Which layers run, e.g. d3:alpha=0.998,start=0.5")] = "full",
+    policy: Annotated[
+        str | None,
+        typer.Option(help="Which layers run, e.g. d3:alpha=0.998,start=0.5 [default: full, or as saved]"),
+    ] = None,
     model: ModelOption = None,
     chat: Annotated[
         bool, typer.Option("--chat", help="The prompt is a user's message to a chat model.")
@@ -97,8 +103,11 @@ def generate(
         typer.Option(help="Longest sequence, prompt included. [default: the model's, at most 8192]"),
     ] = None,
     kv_fill: Annotated[
-        str, typer.Option(help="auto or eager: when K,V of skipped layers is written.")
-    ] = "auto",
+        str | None,
+        typer.Option(
+            help="auto or eager: when K,V of skipped layers is written. [default: auto, or as saved]"
+        ),
+    ] = None,
     sample: Annotated[
         bool | None,
         typer.Option(
@@ -128,22 +137,18 @@ def generate(
         options["do_sample"] = bool(drawing) or sample
     if repetition_penalty is not None:
         options["repetition_penalty"] = repetition_penalty
-    parse(policy)  # a misspelt policy should not cost the loading of a model
-
-    import d3rt
-
-    runtime = d3rt.compile(
-        model,
-        policy=policy,
-        backend=backend,
-        dtype=dtype,
-        max_seq_len=max_seq_len,
-        threads=threads,
-        kv_fill=kv_fill,
-        weights=weights,
-        lm_head=lm_head,
-        kv_cache_dtype=kv_cache_dtype,
-    )
+    if policy is not None:
+        parse(policy)  # a misspelt policy should not cost the loading of a model
+    compiling = {
+        "policy": policy,
+        "backend": backend,
+        "max_seq_len": max_seq_len,
+        "threads": threads,
+        "kv_fill": kv_fill,
+        "kv_cache_dtype": kv_cache_dtype,
+    }
+    widths = {"dtype": dtype, "weights": weights, "lm_head": lm_head}
+    runtime = _runtime(model, compiling, widths)
     if runtime.tokenizer is None:
         raise ValueError(
             f"model {model!r} has no tokenizer, so it cannot read text; save one into its folder."
@@ -160,6 +165,22 @@ def generate(
     finally:
         if stats and runtime.last_run is not None:
             typer.echo(f"\n{runtime.last_run}", err=True)
+
+
+def _runtime(model: str | None, options: dict[str, Any], widths: dict[str, str | None]) -> Any:
+    """The model compiled, or loaded where it was saved compiled; None is an option that was not given."""
+    import d3rt
+    from d3rt.storage import is_saved
+
+    given = {name: value for name, value in (options | widths).items() if value is not None}
+    if not is_saved(model):
+        return d3rt.compile(model, **given)
+    if fixed := [f"--{name.replace('_', '-')}" for name in widths if name in given]:
+        raise ValueError(
+            f"{', '.join(fixed)}: {model!r} was saved with its weights as they are; leave it out, or save the original "
+            "model again with other weights."
+        )
+    return d3rt.load(model, **given)
 
 
 @_command

@@ -30,6 +30,10 @@ class ModelNotFoundError(D3rtError, OSError):
     """A model that is at no place where it was looked for."""
 
 
+class SaveError(D3rtError, OSError):
+    """A runtime that cannot be written where it was asked to."""
+
+
 class HoleError(D3rtError, RuntimeError):
     """A K,V hole would be read: attention would run where K,V was never written."""
 

@@ -12,7 +12,7 @@ class MemoryReport:
     """Bytes. The K,V cache and the buffers are counted in full, though untouched pages take no memory yet."""
 
     shared_weights: int  # storage of the Hugging Face model itself
-    own_weights: int  # copies: norms and biases in float32, and everything when the dtype was converted
+    own_weights: int  # copies: norms and biases in float32, and everything converted or read from files
     kv_cache: int  # every slot at max_seq_len
     buffers: int  # activations, logits, RoPE tables, and scratch of the steps recorded so far
     prefill: int  # at most, while a prompt is read

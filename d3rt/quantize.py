@@ -1,19 +1,20 @@
 """Weight widths: how `compile(weights=...)` turns a model's matrices into what the kernels stream.
 
 A width is a dtype (float32, bfloat16, float16: shared with the model where it already has it) or a packed format
-(int8, int4: groups of 32, d3rt.kernels.packing). Matrices are converted one by one, so that two full copies never
-exist beside the model's own.
+(int8, int4: groups of 32, d3rt.kernels.packing). Matrices are converted one by one, and packed some rows at a time, so
+that no second full copy ever exists beside the model's own.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from d3rt.errors import UnsupportedModelError, UnsupportedOptionError
-from d3rt.kernels.packing import FORMATS, GROUP, PackedMatrix, pack
+from d3rt.kernels.packing import FORMATS, GROUP, TILE_ROWS, PackedMatrix, pack
 
 Matrix = Tensor | PackedMatrix
 Width = str | torch.dtype  # a dtype, "int8" or "int4"
@@ -26,6 +27,10 @@ DTYPES = {
     "float16": torch.float16,
     "fp16": torch.float16,
 }
+
+
+# Packing works on float copies of what it packs: so many values at once, a few MB whatever the matrix.
+SLAB_VALUES = 1 << 18
 
 
 def parse_width(name: str, width: Width) -> str | torch.dtype:
@@ -83,16 +88,51 @@ class Widths:
         return f"{names[0]} (lm_head {names[1]}, K,V {names[2]})"
 
 
-def convert(name: str, weight: Tensor, width: Width) -> Matrix:
-    """The matrix `weight` [rows, cols] in this width: the same storage where it has it already."""
+def convert(name: str, weight: Matrix, width: Width) -> Matrix:
+    """The matrix `weight` [rows, cols] in this width: the very same where it has it already.
+
+    UnsupportedModelError, with its name, for a matrix that cannot be packed.
+    """
+    if isinstance(weight, PackedMatrix):
+        return weight if weight.format == width else convert(name, weight.dequantize(), width)
     if isinstance(width, torch.dtype):
         return weight.detach().to(width).contiguous()
-    if weight.shape[1] % GROUP:
+    check_columns(name, weight.shape, width)
+    return _pack_in_slabs(weight.detach(), width)
+
+
+def check_columns(name: str, shape: Sequence[int], width: Width) -> None:
+    """UnsupportedModelError for a matrix of that shape [rows, cols] which cannot have this width."""
+    if width in FORMATS and shape[1] % GROUP:
         raise UnsupportedModelError(
-            f"weights={width!r}: {name} has {weight.shape[1]} columns, and packed weights need a multiple of {GROUP}; "
+            f"weights={width!r}: {name} has {shape[1]} columns, and packed weights need a multiple of {GROUP}; "
             "choose bf16."
         )
-    return pack(weight.detach(), width)
+
+
+def _pack_in_slabs(weight: Tensor, format: str) -> PackedMatrix:
+    """`pack`, some tiles of rows at a time: the same codes and scales, without float copies of the whole matrix."""
+    rows, cols = weight.shape
+    # What stays is allocated before what goes: between the slabs it would keep their memory from being given back.
+    parts = packed_parts(format, rows, cols)
+    data, scales = (torch.empty(shape, dtype=dtype) for shape, dtype in (parts["data"], parts["scales"]))
+    step = max(SLAB_VALUES // cols // TILE_ROWS, 1) * TILE_ROWS
+    for start in range(0, rows, step):
+        slab = pack(weight[start : start + step], format)
+        at = slice(start // TILE_ROWS, start // TILE_ROWS + len(slab.data))
+        data[at], scales[at] = slab.data, slab.scales
+    return PackedMatrix(format, rows, cols, data, scales)
+
+
+def packed_parts(format: str, rows: int, cols: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Shape and dtype of every tensor that a PackedMatrix of this size has, or may have: minima."""
+    groups = (-(-rows // TILE_ROWS), cols // GROUP)
+    words, code = (GROUP // 4, torch.int8) if format == "int8" else (GROUP // 8, torch.uint8)
+    return {
+        "data": ((*groups, words, TILE_ROWS, 4), code),
+        "scales": ((*groups, TILE_ROWS), torch.float16),
+        "minima": ((*groups, TILE_ROWS), torch.float16),
+    }
 
 
 def tensors_of(matrix: Matrix) -> list[Tensor]:

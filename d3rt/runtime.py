@@ -1,4 +1,5 @@
-"""Runtime: a compiled model. `compile` makes one; `generate` and `stream` answer Hugging Face's call.
+"""Runtime: a compiled model. `compile` makes one, `load` one that was saved; `generate` and `stream` answer Hugging
+Face's call.
 
 It owns the cache, the buffers, the recorded steps and one dispatcher for each batch size, and puts the pieces
 together: arguments (generation.py), prefill and decode step (models/decoder.py), schedule (policies/), execution
@@ -7,29 +8,33 @@ together: arguments (generation.py), prefill and decode step (models/decoder.py)
 
 from __future__ import annotations
 
+import copy
 import os
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
+from d3rt import storage
 from d3rt.backends import make_backend
 from d3rt.detokenizer import Detokenizer
-from d3rt.errors import D3rtError, NotFiniteError, UnsupportedModelError, UnsupportedOptionError
+from d3rt.errors import D3rtError, NotFiniteError, UnsupportedOptionError
 from d3rt.generation import Request, resolve
 from d3rt.kernels import reference
-from d3rt.kernels.packing import PackedMatrix
 from d3rt.kv_cache import KVCache
 from d3rt.memory import MemoryReport, prefill_bytes
 from d3rt.models import family_of
 from d3rt.models.decoder import Decoder, nbytes
-from d3rt.models.loading import load_model, packed_from_gguf
+from d3rt.models.loading import open_model
+from d3rt.models.source import SharedModule, Source
 from d3rt.plan import LayerSet, Plan
 from d3rt.policies import FullDepth, Policy, parse
 from d3rt.programs import ProgramInfo, Rows
@@ -62,7 +67,8 @@ def compile(
 ) -> Runtime:
     """Makes a Runtime from a Hugging Face causal LM, which is not changed and keeps working.
 
-    model: the model, or what `d3rt.load_model` takes (a folder, a GGUF file, a hub id, None for the embedded one).
+    model: the model, or what `d3rt.load_model` takes (a folder, a GGUF file, a hub id, None for the embedded one);
+        that is read one matrix at a time, so that beside the runtime's weights no full copy of it takes memory.
     policy: which layers each step runs, as a Policy or its text form; None is FullDepth: the same tokens, faster.
     backend: "auto" (cpu), "cpu", or "reference" (plain PyTorch, for tests).
     dtype: of weights and K,V cache: float32, bfloat16 or float16; None keeps the model's. Weights that already have
@@ -79,6 +85,57 @@ def compile(
 
     Raises UnsupportedModelError, PolicyError, BackendUnavailableError or ValueError before any work starts.
     """
+    _check_options(policy, max_seq_len, batch_size, threads, kv_fill)
+    widths = Widths.parse(dtype, weights, lm_head, kv_cache_dtype)
+    chosen = make_backend(backend, threads)
+    if isinstance(model, nn.Module):
+        source = SharedModule(model)
+    else:
+        source, found = open_model(model, widths.load_dtype)
+        tokenizer = tokenizer or found
+    return Runtime(source, policy, chosen, widths, max_seq_len, batch_size, kv_fill, tokenizer)
+
+
+def load(
+    folder: str | os.PathLike[str],
+    policy: Policy | str | None = None,
+    backend: str = "auto",
+    max_seq_len: int | None = None,
+    batch_size: int | None = None,
+    threads: int | None = None,
+    kv_fill: str | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    kv_cache_dtype: torch.dtype | str | None = None,
+) -> Runtime:
+    """The Runtime that `Runtime.save` wrote as `folder`: with the same options, the same tokens bit for bit.
+
+    The options are `compile`'s. Policy, max_seq_len, batch_size, kv_fill, tokenizer and kv_cache_dtype are the saved
+    ones where they are not given; backend and threads are this machine's. Weights stay as they were saved. They are
+    read tensor by tensor into the runtime's own memory, and Hugging Face's model is never made.
+
+    Raises, before any tensor is read: ModelNotFoundError for a folder or file that is not there, UnsupportedModelError
+    for one that is damaged, foreign or of a later version, and what `compile` raises for its options.
+    """
+    _check_options(policy, max_seq_len, 1 if batch_size is None else batch_size, threads, kv_fill or "auto")
+    kv_cache = Widths.parse(None, None, None, kv_cache_dtype).kv_cache
+    chosen = make_backend(backend, threads)
+    saved = storage.open_saved(folder)
+    kept = saved.settings
+    options = {
+        "policy": saved.policy() if policy is None else policy,
+        "max_seq_len": kept.max_seq_len if max_seq_len is None else max_seq_len,
+        "batch_size": kept.batch_size if batch_size is None else batch_size,
+        "kv_fill": kept.kv_fill if kv_fill is None else kv_fill,
+    }
+    _check_options(**options, threads=threads)  # a settings file can be edited
+    widths = replace(kept.widths, kv_cache=kv_cache or kept.widths.kv_cache)
+    return Runtime(
+        saved.source, backend=chosen, widths=widths, tokenizer=tokenizer or saved.tokenizer(), **options
+    )
+
+
+def _check_options(policy, max_seq_len, batch_size, threads, kv_fill) -> None:
+    """Refuses what is wrong whatever the model."""
     for name, value in (("batch_size", batch_size), ("threads", threads), ("max_seq_len", max_seq_len)):
         if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
             raise ValueError(f"{name}={value!r}: it must be a whole number of at least 1.")
@@ -92,24 +149,14 @@ def compile(
         raise TypeError(
             f"policy={policy!r}: it must be a d3rt.Policy or its text, such as 'd3:alpha=0.999,start=0.5'."
         )
-    widths = Widths.parse(dtype, weights, lm_head, kv_cache_dtype)
-    chosen = make_backend(backend, threads)
-    packed = None
-    if not isinstance(model, nn.Module):
-        path = model
-        model, found = load_model(path, dtype=widths.load_dtype)
-        tokenizer = tokenizer or found
-        if widths.any_packed and (path is None or os.fspath(path).lower().endswith(".gguf")):
-            packed = packed_from_gguf(path)
-    return Runtime(model, policy, chosen, widths, max_seq_len, batch_size, kv_fill, tokenizer, packed)
 
 
 class Runtime:
-    """A compiled model; made by `d3rt.compile`. `last_run` tells what the last generation did."""
+    """A compiled model; made by `d3rt.compile` or `d3rt.load`. `last_run` tells what the last generation did."""
 
     def __init__(
         self,
-        model: nn.Module,
+        source: Source,
         policy: Policy | str | None,
         backend: Any,
         widths: Widths,
@@ -117,20 +164,15 @@ class Runtime:
         batch_size: int,
         kv_fill: str,
         tokenizer: PreTrainedTokenizerBase | None,
-        packed: Mapping[str, PackedMatrix] | None,
     ):
+        model = source.model
         hf_config = getattr(model, "config", None)
         family = family_of(hf_config)
         self.config = family.config(hf_config)
+        self._hf_config = copy.deepcopy(hf_config)
         layers = self.config.num_hidden_layers
         self.policy = parse(policy, num_layers=layers) if isinstance(policy, str) else policy or FullDepth()
         self.policy.validate(layers)
-        parameter = next(model.parameters())
-        if parameter.device.type != "cpu":
-            raise UnsupportedModelError(
-                f"the model is on device '{parameter.device}'; backend '{backend.name}' needs it on the CPU: "
-                "model.cpu()."
-            )
         self.widths = widths.of_model(model.dtype)
         self.dtype = self.widths.kv_cache
         limit = self.config.max_position_embeddings
@@ -146,7 +188,7 @@ class Runtime:
         self.generation_config = getattr(model, "generation_config", None) or GenerationConfig()
         self.last_run: GenerationStats | None = None
 
-        made = family.weights(model, self.widths.weights, self.widths.lm_head, packed)
+        made = family.weights(source, self.widths.weights, self.widths.lm_head)
         self._decoder = Decoder(self.config, made, backend.packed_linear)
         self._rope = family.rope_tables(model, self.max_seq_len)
         self._cache = KVCache(self.config, batch_size, self.max_seq_len, self.widths.kv_cache)
@@ -428,6 +470,30 @@ class Runtime:
                 for window, count in windows[plan].items()
                 for positions in reach
             )
+
+    # -- saving --------------------------------------------------------------------------------------------------
+
+    def save(self, folder: str | os.PathLike[str]) -> Path:
+        """Writes a folder that `d3rt.load` makes this runtime from, packing nothing again; returns its path.
+
+        In it: the weights as they are kept (safetensors), config.json, generation_config.json and the tokenizer as
+        Hugging Face has them, and d3rt.json with policy, widths and the other options. It is written beside its place
+        and renamed, so there is no half-written one; an earlier save is replaced.
+
+        SaveError when something is there that no earlier save wrote; PolicyError for a policy that has no name;
+        OSError when the disk does not take it.
+        """
+        settings = storage.Settings(
+            self.widths, self.policy.to_dict(), self.kv_fill, self.max_seq_len, self.batch_size
+        )
+        return storage.save(
+            folder,
+            settings,
+            family_of(self._hf_config).named(self._decoder.weights),
+            self._hf_config,
+            self.generation_config,
+            self.tokenizer,
+        )
 
     # -- what is recorded, and what it takes ---------------------------------------------------------------------
 

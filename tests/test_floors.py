@@ -14,7 +14,15 @@ FLOORS = {
     0: ("d3rt", "d3rt.config", "d3rt.plan", "d3rt.policies", "d3rt.sampling", "d3rt.errors"),
     1: ("d3rt.kernels", "d3rt._C", "d3rt.kv_cache", "d3rt.quantize"),
     2: ("d3rt.backends",),
-    3: ("d3rt.models", "d3rt.generation", "d3rt.result", "d3rt.memory", "d3rt.detokenizer", "d3rt.programs"),
+    3: (
+        "d3rt.models",
+        "d3rt.generation",
+        "d3rt.result",
+        "d3rt.memory",
+        "d3rt.detokenizer",
+        "d3rt.programs",
+        "d3rt.storage",
+    ),
     4: ("d3rt.runtime",),
     5: ("d3rt.cli", "d3rt.__main__", "d3rt.demo", "d3rt.bench", "d3rt.plots"),
 }

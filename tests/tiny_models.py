@@ -90,10 +90,14 @@ MODELS: dict[str, tuple[tuple[type, type], dict]] = {
 NAMES = tuple(MODELS)
 
 
-def config(name: str):
-    """A fresh config of that name."""
+# Sizes that can be packed: columns in whole groups of 32. The rows of the embedding still fill no last tile.
+PACKABLE = dict(hidden_size=96, intermediate_size=64, head_dim=16)
+
+
+def config(name: str, **changes):
+    """A fresh config of that name, with changes."""
     (kind, _), differences = MODELS[name]
-    return kind(**(_COMMON | {"rope_parameters": _DEFAULT_ROPE} | differences))
+    return kind(**(_COMMON | {"rope_parameters": _DEFAULT_ROPE} | differences | changes))
 
 
 @cache
@@ -102,10 +106,10 @@ def make(name: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     return fresh(name, dtype)
 
 
-def fresh(name: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """A new copy of the model of that name."""
+def fresh(name: str, dtype: torch.dtype = torch.float32, **changes) -> PreTrainedModel:
+    """A new copy of the model of that name, with changes of its config."""
     torch.manual_seed(11 + NAMES.index(name))
-    model = MODELS[name][0][1](config(name)).eval()
+    model = MODELS[name][0][1](config(name, **changes)).eval()
     with torch.no_grad():
         for parameter_name, weight in model.named_parameters():
             if "norm" in parameter_name:

@@ -1,13 +1,12 @@
 """Family: from a Hugging Face model to DecoderConfig and DecoderWeights, with nothing dropped silently.
 
-Llama, Mistral, Qwen2 and Qwen3 share their module tree, so the walk over it is here; a family's own file says what it
-adds and refuses. Every parameter of the model must be taken up by the walk: one that is left over is a feature we do
-not know, and the model is refused with its name.
+Llama, Mistral, Qwen2 and Qwen3 share their module tree, so the names in it are here; a family's own file says what it
+adds and refuses. Every parameter of the model must become a weight: one that is left over is a feature we do not know,
+and the model is refused with its name. Where the parameters come from is the source's business (source.py).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -17,7 +16,33 @@ from d3rt.config import DecoderConfig
 from d3rt.errors import UnsupportedModelError
 from d3rt.kernels.packing import PackedMatrix
 from d3rt.models.decoder import DecoderWeights, LayerWeights
-from d3rt.quantize import Matrix, Width, convert
+from d3rt.models.source import Source, is_tied, parameters
+from d3rt.quantize import Matrix, Width, check_columns, convert
+
+# Hugging Face's names: of a layer's parameters by the field of LayerWeights that they become, and of the others.
+MATRICES = {
+    "wq": "self_attn.q_proj.weight",
+    "wk": "self_attn.k_proj.weight",
+    "wv": "self_attn.v_proj.weight",
+    "wo": "self_attn.o_proj.weight",
+    "w_gate": "mlp.gate_proj.weight",
+    "w_up": "mlp.up_proj.weight",
+    "w_down": "mlp.down_proj.weight",
+}
+VECTORS = {
+    "attention_norm": "input_layernorm.weight",
+    "bq": "self_attn.q_proj.bias",
+    "bk": "self_attn.k_proj.bias",
+    "bv": "self_attn.v_proj.bias",
+    "q_norm": "self_attn.q_norm.weight",
+    "k_norm": "self_attn.k_norm.weight",
+    "bo": "self_attn.o_proj.bias",
+    "mlp_norm": "post_attention_layernorm.weight",
+    "b_gate": "mlp.gate_proj.bias",
+    "b_up": "mlp.up_proj.bias",
+    "b_down": "mlp.down_proj.bias",
+}
+EMBED, NORM, LM_HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
 
 # RoPE variants whose frequencies do not depend on the sequence length, so that one table serves every step.
 STATIC_ROPE_TYPES = ("default", "linear", "llama3", "yarn")
@@ -78,75 +103,62 @@ class Family:
             )
         return tuple(window if kind == "sliding_attention" else 0 for kind in types)
 
-    def weights(
-        self,
-        model: nn.Module,
-        width: Width,
-        head_width: Width,
-        packed: Mapping[str, PackedMatrix] | None = None,
-    ) -> DecoderWeights:
-        """The model's weights in `width`, the embedding and the lm_head in `head_width`: its own tensors where they
-        are that already and contiguous, else copies, made one by one.
+    def widths(self, model: nn.Module, width: Width, head_width: Width) -> dict[str, Width]:
+        """Every parameter of the model, in the order in which `weights` takes them, and the width it is kept in:
+        matrices in `width`, the embedding and the lm_head in `head_width`, norms and biases in float32. A tied lm_head
+        is not among them.
 
-        packed: matrices by name that come packed already (from a GGUF file) and are taken as they are where the
-        width is theirs. Norms and biases are copied to float32 (some kB): every kernel reads them so.
+        UnsupportedModelError for a parameter that no weight is made of, and for a matrix that cannot be packed.
         """
-        taken: set[str] = set()
-
-        def matrix(name: str, width: Width = width) -> Matrix:
-            taken.add(name)
-            ready = (packed or {}).get(name)
-            return (
-                ready
-                if ready is not None and ready.format == width
-                else convert(name, parameters[name], width)
-            )
-
-        def vector(name: str) -> Tensor | None:
-            if name not in parameters:
-                return None
-            taken.add(name)
-            return parameters[name].detach().to(torch.float32, copy=True).contiguous()
-
-        parameters = dict(model.named_parameters(remove_duplicate=False))
-        layers = []
-        for index in range(model.config.num_hidden_layers):
-            at = f"model.layers.{index}."
-            attention, mlp = at + "self_attn.", at + "mlp."
-            layers.append(
-                LayerWeights(
-                    attention_norm=vector(at + "input_layernorm.weight"),
-                    wq=matrix(attention + "q_proj.weight"),
-                    wk=matrix(attention + "k_proj.weight"),
-                    wv=matrix(attention + "v_proj.weight"),
-                    bq=vector(attention + "q_proj.bias"),
-                    bk=vector(attention + "k_proj.bias"),
-                    bv=vector(attention + "v_proj.bias"),
-                    q_norm=vector(attention + "q_norm.weight"),
-                    k_norm=vector(attention + "k_norm.weight"),
-                    wo=matrix(attention + "o_proj.weight"),
-                    bo=vector(attention + "o_proj.bias"),
-                    mlp_norm=vector(at + "post_attention_layernorm.weight"),
-                    w_gate=matrix(mlp + "gate_proj.weight"),
-                    w_up=matrix(mlp + "up_proj.weight"),
-                    b_gate=vector(mlp + "gate_proj.bias"),
-                    b_up=vector(mlp + "up_proj.bias"),
-                    w_down=matrix(mlp + "down_proj.weight"),
-                    b_down=vector(mlp + "down_proj.bias"),
-                )
-            )
-        embed = matrix("model.embed_tokens.weight", head_width)
-        tied = parameters["lm_head.weight"] is parameters["model.embed_tokens.weight"]
-        head = embed if tied else matrix("lm_head.weight", head_width)
-        taken.add("lm_head.weight")
-        norm = vector("model.norm.weight")
-        left = sorted(set(parameters) - taken)
+        existing = parameters(model)
+        names = {}
+        for layer in range(model.config.num_hidden_layers):
+            names |= {name_in(layer, part): width for part in MATRICES.values()}
+            names |= {name_in(layer, part): torch.float32 for part in VECTORS.values()}
+        names |= {EMBED: head_width, NORM: torch.float32, LM_HEAD: head_width}
+        left = sorted(existing.keys() - names.keys())
         if left:
             raise UnsupportedModelError(
                 f"model_type {self.model_type!r}: unsupported parameters {', '.join(left[:4])}"
                 + (f" and {len(left) - 4} more" if len(left) > 4 else "")
             )
-        return DecoderWeights(embed=embed, layers=tuple(layers), norm=norm, lm_head=head)
+        if is_tied(model):
+            del names[LM_HEAD]
+        kept = {name: width for name, width in names.items() if name in existing}
+        for name, width in kept.items():
+            check_columns(name, existing[name].shape, width)
+        return kept
+
+    def weights(self, source: Source, width: Width, head_width: Width) -> DecoderWeights:
+        """The source's weights in `width`, the embedding and the lm_head in `head_width`: the very tensors that it
+        hands out where they are that already and contiguous, else made of them one by one.
+
+        Norms and biases are copied to float32 (some kB): every kernel reads them so. Raises as `widths`, before
+        anything is taken.
+        """
+        made: dict[str, Matrix] = {}
+        for name, kept in self.widths(source.model, width, head_width).items():
+            taken = source.take(name, kept)
+            is_matrix = isinstance(taken, PackedMatrix) or taken.dim() == 2
+            made[name] = convert(name, taken, kept) if is_matrix else taken.to(kept, copy=True).contiguous()
+            del taken  # before the next one is read
+        layers = tuple(
+            LayerWeights(
+                **{field: made.get(name_in(layer, part)) for field, part in (MATRICES | VECTORS).items()}
+            )
+            for layer in range(source.model.config.num_hidden_layers)
+        )
+        return DecoderWeights(made[EMBED], layers, made[NORM], made.get(LM_HEAD, made[EMBED]))
+
+    def named(self, weights: DecoderWeights) -> dict[str, Matrix]:
+        """The weights by their Hugging Face names, as `weights` made them; a tied lm_head is left out."""
+        named = {EMBED: weights.embed, NORM: weights.norm}
+        if weights.lm_head is not weights.embed:
+            named[LM_HEAD] = weights.lm_head
+        for layer, lw in enumerate(weights.layers):
+            parts = {name_in(layer, part): getattr(lw, field) for field, part in (MATRICES | VECTORS).items()}
+            named |= {name: weight for name, weight in parts.items() if weight is not None}
+        return named
 
     def rope_tables(self, model: nn.Module, max_seq_len: int) -> tuple[Tensor, Tensor]:
         """cos, sin [S, d/2] float32, from the model's own rotary module made afresh: a model cast to bfloat16 would
@@ -157,6 +169,11 @@ class Family:
             (angles.cos() * rotary.attention_scaling).contiguous(),
             (angles.sin() * rotary.attention_scaling).contiguous(),
         )
+
+
+def name_in(layer: int, part: str) -> str:
+    """The name of a layer's parameter."""
+    return f"model.layers.{layer}.{part}"
 
 
 def rope_parameters(hf_config: Any) -> dict[str, Any]:

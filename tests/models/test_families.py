@@ -18,6 +18,7 @@ from transformers import (
 import d3rt
 from d3rt.errors import UnsupportedModelError, UnsupportedOptionError
 from d3rt.models import FAMILIES, family_of
+from d3rt.models.source import SharedModule
 
 # -- what is read -------------------------------------------------------------------------------------------------
 
@@ -81,7 +82,7 @@ def test_layer_types_may_alternate():
 @pytest.mark.parametrize("name", tiny_models.NAMES)
 def test_every_parameter_of_the_model_is_in_the_weights(name):
     model = tiny_models.make(name)
-    weights = family_of(model.config).weights(model, torch.float32, torch.float32)
+    weights = family_of(model.config).weights(SharedModule(model), torch.float32, torch.float32)
     assert sum(tensor.numel() for tensor in weights.tensors()) == sum(p.numel() for p in model.parameters())
 
 
