@@ -8,6 +8,7 @@
 
 #include "cpu/isa.h"
 #include "dispatcher.h"
+#include "pages.h"
 #include "sampler.h"
 #include "tape.h"
 
@@ -57,6 +58,11 @@ class TensorArena : public Arena {
     Arena::add(view);
     views_.emplace(tensor.ptr(), view);
     kept_.push_back(tensor);
+  }
+  int64_t use_large_pages() const {
+    std::vector<TensorView> views;
+    for (const py::object& tensor : kept_) views.push_back(view(tensor));
+    return d3rt::use_large_pages(views);
   }
   TensorView view(const py::object& tensor) const {
     const auto known = views_.find(tensor.ptr());
@@ -157,6 +163,8 @@ PYBIND11_MODULE(_C, m) {
       .def(py::init<>())
       .def("add", &TensorArena::add, py::arg("tensor"), "Registers a static buffer and keeps it alive.")
       .def_property_readonly("scratch_bytes", &TensorArena::scratch_bytes)
+      .def("use_large_pages", &TensorArena::use_large_pages,
+           "Asks for large pages under all that is registered so far; returns the bytes that have them.")
       .def("owns", [](const TensorArena& a, T tensor) { return a.owns(a.view(tensor)); }, py::arg("tensor"));
 
   py::class_<TensorTape, std::shared_ptr<TensorTape>>(m, "Tape")

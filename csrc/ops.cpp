@@ -100,9 +100,11 @@ class Binder {
   }
   cpu::Cache cache(const TensorView& k, const TensorView& v, int64_t B, int64_t G, int64_t S,
                    int64_t d) const {
-    const cpu::Store kept = store("k_cache", k);
-    check_view(op_, "k_cache", k, k.dtype, {B, G, S, d}, false);
-    check_view(op_, "v_cache", v, k.dtype, {B, G, S, d}, false);
+    const bool is_int8 = k && k.dtype == DType::byte;
+    const cpu::Store kept = is_int8 ? cpu::Store::int8 : store("k_cache", k);
+    const int64_t line = is_int8 ? d + cpu::kLineScaleBytes : d;
+    check_view(op_, "k_cache", k, k.dtype, {B, G, S, line}, false);
+    check_view(op_, "v_cache", v, k.dtype, {B, G, S, line}, false);
     if (k.strides != v.strides) refuse("k_cache and v_cache must have the same strides");
     return {own("k_cache", k).data, own("v_cache", v).data, k.strides[0], k.strides[1], k.strides[2], kept};
   }
@@ -143,10 +145,27 @@ std::function<void()> guard_range(const char* op, const char* name, const int32_
   };
 }
 
+// The ops whose kernels know the phase cpu::kWarm.
+template <class Args>
+constexpr bool kWarms = false;
+template <>
+constexpr bool kWarms<cpu::NormQkvRopeArgs> = true;
+template <>
+constexpr bool kWarms<cpu::ProjAddArgs> = true;
+template <>
+constexpr bool kWarms<cpu::NormGateUpArgs> = true;
+template <>
+constexpr bool kWarms<cpu::KvFillArgs> = true;
+template <>
+constexpr bool kWarms<cpu::NormLogitsArgs> = true;
+
 template <class Args>
 Node node(const char* op, int phases, int64_t scratch_floats, cpu::Kernel<Args> kernel, const Args& args,
           std::function<void()> guard = {}) {
-  return {op, phases, scratch_floats,
+  return {op,
+          phases,
+          kWarms<Args>,
+          scratch_floats,
           [kernel, args](float* scratch, int phase, int thread, int num_threads) {
             kernel(args, scratch, phase, thread, num_threads);
           },
@@ -260,7 +279,8 @@ Node bind(const KvFill& op, const Arena& arena, const cpu::Kernels& kernels, int
   if (op.layers.empty()) to.refuse("no layer to fill");
   const TensorView& first = op.layers.front().k_cache;
   if (!first || first.ndim != 4) to.refuse("k_cache must be [B, G, S, d]");
-  const int64_t G = first.size(1), S = first.size(2), d = first.size(3);
+  if (!op.cos || op.cos.ndim != 2) to.refuse("cos must be [S, d/2]");
+  const int64_t G = first.size(1), S = first.size(2), d = 2 * op.cos.size(1);
   cpu::KvFillArgs args{};
   args.x = to.f32("x", op.x, {B, -1});
   const int64_t D = op.x.size(1);

@@ -3,8 +3,8 @@
 // pos from buffers, so that it can be recorded once and replayed. The definition of each is
 // kernels/reference.py. Shape letters: B slots, S max_seq_len, D hidden_size, H num_attention_heads, G
 // num_key_value_heads, d head_dim, F intermediate_size, V vocab_size. "W" is a weight: float32, bfloat16,
-// float16, or packed int8 or int4; the cache is a float type; all other buffers are float32. [] marks a view
-// that may be missing.
+// float16, or packed int8 or int4; the cache is a float type, or int8 with lines of d + 4 bytes (cpu/args.h);
+// all other buffers are float32. [] marks a view that may be missing.
 #pragma once
 
 #include <functional>
@@ -134,6 +134,7 @@ class Arena {
 struct Node {
   std::string op;
   int phases = 1;
+  bool warms = false;  // knows the phase cpu::kWarm
   int64_t scratch_floats = 0;
   std::function<void(float* scratch, int phase, int thread, int num_threads)> run;
   std::function<void()> guard;  // checks token or pos before a replay; throws InvalidArgument

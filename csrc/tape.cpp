@@ -16,12 +16,16 @@ void Tape::replay() {
   pool_->run(
       [](void* context, int thread, int num_threads) {
         Tape& tape = *static_cast<Tape*>(context);
-        for (size_t i = 0; i < tape.nodes_.size(); ++i) {
+        float* scratch = tape.arena_->scratch();
+        const size_t count = tape.nodes_.size();
+        for (size_t i = 0; i < count; ++i) {
           const Node& node = tape.nodes_[i];
           for (int phase = 0; phase < node.phases; ++phase) {
             if (i > 0 || phase > 0) tape.pool_->barrier();
-            node.run(tape.arena_->scratch(), phase, thread, num_threads);
+            node.run(scratch, phase, thread, num_threads);
           }
+          if (i + 1 < count && tape.nodes_[i + 1].warms)
+            tape.nodes_[i + 1].run(scratch, cpu::kWarm, thread, num_threads);
         }
       },
       this);

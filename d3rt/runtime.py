@@ -192,7 +192,7 @@ class Runtime:
         self._decoder = Decoder(self.config, made, backend.packed_linear)
         self._rope = family.rope_tables(model, self.max_seq_len)
         self._cache = KVCache(self.config, batch_size, self.max_seq_len, self.widths.kv_cache)
-        backend.own(self._decoder.weights.tensors())
+        backend.own_weights(self._decoder.weights.tensors())
         self._shared_bytes = _shared_bytes(model, self._decoder.weights.tensors())
         self._rows: dict[int, Rows] = {}
         self._lock = threading.Lock()

@@ -45,7 +45,9 @@ struct Matrix {
   const f16* minima;  // the same, or null
 };
 
-// K and V of one layer: [B, G, S, d], innermost contiguous; strides in elements.
+// K and V of one layer: [B, G, S, d], innermost contiguous; strides in elements. As int8, a line (one
+// position of one head) is d codes and then their float32 scale, unaligned: [B, G, S, d + 4] bytes.
+constexpr int kLineScaleBytes = 4;
 struct Cache {
   void* k;
   void* v;
@@ -144,7 +146,10 @@ struct LinearArgs {
 constexpr int kAttentionChunk = 64;
 
 // Every kernel is called once per phase on every thread; all threads finish a phase before any starts the
-// next.
+// next. Those that stream weights also know the phase kWarm, called before the barrier in front of them: it
+// only prefetches where this thread will start, so that memory's latency passes while the threads wait for
+// each other.
+constexpr int kWarm = -1;
 template <class Args>
 using Kernel = void (*)(const Args& args, float* scratch, int phase, int thread, int num_threads);
 

@@ -17,13 +17,14 @@ D3RT_INLINE Range share(int64_t total, int thread, int num_threads) {
   return {total * thread / num_threads, total * (thread + 1) / num_threads};
 }
 
-// One row, one slot: four accumulators hide the latency of fma.
-template <class W>
+// One row, one slot: four accumulators hide the latency of fma. kAhead: bytes that are prefetched ahead of w.
+template <int kAhead = 0, class W>
 D3RT_INLINE float dot(const W* w, const float* x, int64_t n) {
   constexpr int kN = Vec::kLanes;
   Vec a0 = set1(0), a1 = set1(0), a2 = set1(0), a3 = set1(0);
   int64_t i = 0;
   for (; i + 4 * kN <= n; i += 4 * kN) {
+    if (kAhead) prefetch<4 * kN * sizeof(W)>(w + i, kAhead);
     a0 = fma(load(w + i), load(x + i), a0);
     a1 = fma(load(w + i + kN), load(x + i + kN), a1);
     a2 = fma(load(w + i + 2 * kN), load(x + i + 2 * kN), a2);
@@ -44,6 +45,10 @@ D3RT_INLINE void dot_tile(const W* w0, const W* w1, const float* x, int64_t x_st
   for (int b = 0; b < NB; ++b) acc[0][b] = acc[1][b] = set1(0);
   int64_t i = 0;
   for (; i + kN <= n; i += kN) {
+    if (i * sizeof(W) % 64 == 0) {  // the next pair of rows
+      prefetch<64>(w0 + i, 2 * (w1 - w0) * static_cast<int64_t>(sizeof(W)));
+      prefetch<64>(w1 + i, 2 * (w1 - w0) * static_cast<int64_t>(sizeof(W)));
+    }
     const Vec v0 = load(w0 + i), v1 = load(w1 + i);
     for (int b = 0; b < NB; ++b) {
       const Vec xv = load(x + b * x_stride + i);
@@ -84,7 +89,8 @@ D3RT_INLINE void rows_dot_typed(const Matrix& m, const float* x, int64_t x_strid
                                 const Sink& sink) {
   const W* w = static_cast<const W*>(m.data);
   if (B == 1) {
-    for (int64_t row = rows.begin; row < rows.end; ++row) sink(0, row, dot(w + row * m.stride, x, m.cols));
+    for (int64_t row = rows.begin; row < rows.end; ++row)
+      sink(0, row, dot<kStreamAhead>(w + row * m.stride, x, m.cols));
     return;
   }
   // Blocks of rows small enough to stay in L1 while the slots pass over them, tile by tile.
@@ -137,6 +143,20 @@ D3RT_INLINE int64_t granules(const Matrix& m) {
   return is_packed(m) ? (m.rows + kTileRows - 1) / kTileRows : m.rows;
 }
 
+// Prefetches the start of these granules, as far as the kernels themselves look ahead.
+D3RT_INLINE void warm(const Matrix& m, Range part) {
+  if (part.begin >= part.end) return;
+  if (!is_packed(m)) {
+    const int64_t bytes = m.store == Store::f32 ? 4 : 2;
+    prefetch<kStreamAhead>(m.data, part.begin * m.stride * bytes);
+    return;
+  }
+  const int64_t groups = part.begin * (m.cols / kGroup);
+  prefetch<kStreamAhead>(m.data, groups * kTileRows * kGroup / (m.store == Store::int4 ? 2 : 1));
+  prefetch<kStreamAhead / 4>(m.scales, groups * kTileRows * 2);
+  if (m.minima) prefetch<kStreamAhead / 4>(m.minima, groups * kTileRows * 2);
+}
+
 // Calls sink(slot, row, value) once for each slot and each row of these granules.
 template <class Sink>
 D3RT_INLINE void rows_dot(const Matrix& m, const Input& in, int B, Range part, const Sink& sink) {
@@ -159,6 +179,15 @@ D3RT_INLINE void rows_dot(const Matrix& m, const Input& in, int B, Range part, c
 D3RT_INLINE Range clip(Range range, int64_t offset, int64_t size) {
   const int64_t begin = range.begin - offset, end = range.end - offset;
   return {begin < 0 ? 0 : begin, end > size ? size : end};
+}
+
+// Prefetches the start of each of these matrices' part of the range.
+D3RT_INLINE void warm(const Matrix* matrices, int count, Range range) {
+  int64_t offset = 0;
+  for (int i = 0; i < count; ++i) {
+    warm(matrices[i], clip(range, offset, granules(matrices[i])));
+    offset += granules(matrices[i]);
+  }
 }
 
 // out[b] = x[b] / rms(x[b]) * weight, rms(x) = sqrt(mean(x^2) + eps)  (Zhang & Sennrich 2019, arXiv

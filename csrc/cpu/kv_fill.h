@@ -8,6 +8,18 @@ namespace d3rt::cpu::D3RT_ISA {
 
 static void kv_fill(const KvFillArgs& a, float* scratch, int phase, int thread, int num_threads) {
   const int64_t half = static_cast<int64_t>(a.G) * a.d, rows = 2 * half;
+  if (phase == kWarm) {
+    int64_t total = 0, offset = 0;
+    for (int layer = 0; layer < a.num_layers; ++layer)
+      total += granules(a.layers[layer].w[0]) + granules(a.layers[layer].w[1]);
+    const Range streamed = share(total, thread, num_threads);
+    for (int layer = 0; layer < a.num_layers; ++layer) {
+      const FillLayer& fill = a.layers[layer];
+      warm(fill.w, 2, {streamed.begin - offset, streamed.end - offset});
+      offset += granules(fill.w[0]) + granules(fill.w[1]);
+    }
+    return;
+  }
   if (phase == 0) {
     float* own = scratch + a.num_layers * a.B * rows + thread * norm_scratch(a.B, a.D);
     int64_t total = 0;

@@ -6,11 +6,12 @@
 
 namespace d3rt::cpu::D3RT_ISA {
 
-static void norm_gate_up(const NormGateUpArgs& a, float* scratch, int, int thread, int num_threads) {
+static void norm_gate_up(const NormGateUpArgs& a, float* scratch, int phase, int thread, int num_threads) {
   constexpr int kN = Vec::kLanes;
+  const Range mine = share(granules(a.gate), thread, num_threads);  // gate and up are kept alike
+  if (phase == kWarm) return warm(a.gate, mine);
   float* own = scratch + thread * norm_scratch(a.B, a.D);
   const Input in = norm_input(own, a.x, a.norm, a.eps, a.B, a.D, is_packed(a.gate));
-  const Range mine = share(granules(a.gate), thread, num_threads);  // gate and up are kept alike
   // Blocks of columns: gate's rows, then up's, then the activation while h is still in L1.
   constexpr int64_t kBlock = 64;
   const int64_t granule = is_packed(a.gate) ? kTileRows : 1, step = kBlock / granule;
@@ -19,9 +20,11 @@ static void norm_gate_up(const NormGateUpArgs& a, float* scratch, int, int threa
     const int64_t begin = block.begin * granule;
     const int64_t end = block.end * granule < a.F ? block.end * granule : a.F;
     float up[16][kBlock];
+    warm(a.up, block);
     rows_dot(a.gate, in, a.B, block, [&](int slot, int64_t row, float value) {
       a.h[static_cast<int64_t>(slot) * a.F + row] = a.gate.bias ? value + a.gate.bias[row] : value;
     });
+    warm(a.gate, {block.end, mine.end});
     rows_dot(a.up, in, a.B, block, [&](int slot, int64_t row, float value) {
       up[slot][row - begin] = a.up.bias ? value + a.up.bias[row] : value;
     });

@@ -6,10 +6,12 @@
 
 namespace d3rt::cpu::D3RT_ISA {
 
-static void norm_logits(const NormLogitsArgs& a, float* scratch, int, int thread, int num_threads) {
+static void norm_logits(const NormLogitsArgs& a, float* scratch, int phase, int thread, int num_threads) {
+  const Range mine = share(granules(a.w), thread, num_threads);
+  if (phase == kWarm) return warm(a.w, mine);
   float* own = scratch + thread * norm_scratch(a.B, a.D);
   const Input in = norm_input(own, a.x, a.norm, a.eps, a.B, a.D, is_packed(a.w));
-  rows_dot(a.w, in, a.B, share(granules(a.w), thread, num_threads), [&](int slot, int64_t row, float value) {
+  rows_dot(a.w, in, a.B, mine, [&](int slot, int64_t row, float value) {
     a.logits[slot * a.w.rows + row] = a.w.bias ? value + a.w.bias[row] : value;
   });
 }

@@ -11,15 +11,16 @@ namespace d3rt::cpu::D3RT_ISA {
 static void norm_qkv_rope(const NormQkvRopeArgs& a, float* scratch, int phase, int thread, int num_threads) {
   const int64_t rows = static_cast<int64_t>(a.H + 2 * a.G) * a.d;
   float* projected = scratch;
+  const Range streamed = share(granules(a.w[0]) + granules(a.w[1]) + granules(a.w[2]), thread, num_threads);
+  if (phase == kWarm) return warm(a.w, 3, streamed);
   if (phase == 0) {
     float* own = scratch + a.B * rows + thread * norm_scratch(a.B, a.D);
     const bool any_packed = is_packed(a.w[0]) || is_packed(a.w[1]) || is_packed(a.w[2]);
     const Input in = norm_input(own, a.x, a.norm, a.eps, a.B, a.D, any_packed);
-    const Range mine = share(granules(a.w[0]) + granules(a.w[1]) + granules(a.w[2]), thread, num_threads);
     int64_t offset = 0;
     float* out = projected;
     for (const Matrix& w : a.w) {
-      rows_dot(w, in, a.B, clip(mine, offset, granules(w)), [&](int slot, int64_t row, float value) {
+      rows_dot(w, in, a.B, clip(streamed, offset, granules(w)), [&](int slot, int64_t row, float value) {
         out[slot * rows + row] = w.bias ? value + w.bias[row] : value;
       });
       offset += granules(w);

@@ -442,6 +442,9 @@ D3RT_INLINE void packed_tile(const Matrix& m, int64_t tile, const Quantised& q, 
   TileAcc acc[NB];
   for (int b = 0; b < NB; ++b) acc[b] = tile_zero();
   for (int64_t g = 0; g < q.groups; ++g) {
+    prefetch<kBytes>(data + g * kBytes, kStreamAhead);
+    prefetch<64>(scales + g * kTileRows, kStreamAhead / 4);
+    if (minima) prefetch<64>(minima + g * kTileRows, kStreamAhead / 4);
     const int8_t* codes[NB];
     int32_t sums[NB];
     Products products[NB];

@@ -1,8 +1,7 @@
-// What norm_qkv_rope and kv_fill share once a head is projected: its norm, its rotation, and its place in the
-// cache.
+// What norm_qkv_rope and kv_fill share once a head is projected: its norm and its rotation.
 #pragma once
 
-#include "gemv.h"
+#include "kv_line.h"
 
 namespace d3rt::cpu::D3RT_ISA {
 
@@ -19,25 +18,6 @@ D3RT_INLINE void norm_and_rotate(float* head, const float* head_norm, const Rope
     const float a = head[j], b = head[j + half];
     head[j] = a * cos[j] - b * sin[j];
     head[j + half] = b * cos[j] + a * sin[j];
-  }
-}
-
-template <class T>
-D3RT_INLINE void convert(const float* values, T* out, int n) {
-  for (int i = 0; i < n; ++i) from_float(values[i], out + i);
-}
-
-// Writes one head of K or V (data) at (slot, head, pos).
-D3RT_INLINE void write_cache(const Cache& cache, void* data, int slot, int head, int64_t pos,
-                             const float* values, int d) {
-  const int64_t at = slot * cache.slot_stride + head * cache.head_stride + pos * cache.pos_stride;
-  switch (cache.store) {
-    case Store::f32:
-      return convert(values, static_cast<float*>(data) + at, d);
-    case Store::bf16:
-      return convert(values, static_cast<bf16*>(data) + at, d);
-    default:
-      return convert(values, static_cast<f16*>(data) + at, d);
   }
 }
 

@@ -23,7 +23,23 @@ float sqrtf(float);
 
 namespace d3rt::cpu::D3RT_ISA {
 
+// Asks for the kBytes that lie `ahead` bytes after p to be brought near. Never faults, wherever that is.
+template <int kBytes>
+D3RT_INLINE void prefetch(const void* p, int64_t ahead) {
+  const uintptr_t at = reinterpret_cast<uintptr_t>(p) + static_cast<uintptr_t>(ahead);
+  for (int line = 0; line < kBytes; line += 64)
+    __builtin_prefetch(reinterpret_cast<const void*>(at + static_cast<uintptr_t>(line)), 0, 2);
+}
+D3RT_INLINE void prefetch_lines(const void* p, int64_t bytes) {
+  for (int64_t at = 0; at < bytes; at += 64) prefetch<64>(p, at);
+}
+// How far ahead of its loads a stream of weights is prefetched. The hardware's own prefetch leaves a quarter
+// of the bandwidth unused on some processors (Xeon, fourth generation: 24 GB/s without, 32 with); 1 to 4 KiB
+// do as well.
+constexpr int kStreamAhead = 2048;
+
 D3RT_INLINE float to_float(float value) { return value; }
+D3RT_INLINE float to_float(int8_t value) { return value; }
 D3RT_INLINE float to_float(bf16 value) {
   union {
     uint32_t bits;
@@ -111,6 +127,21 @@ D3RT_INLINE Vec max(Vec a, Vec b) { return {_mm512_max_ps(a.v, b.v)}; }
 D3RT_INLINE Vec min(Vec a, Vec b) { return {_mm512_min_ps(a.v, b.v)}; }
 D3RT_INLINE Vec fma(Vec a, Vec b, Vec c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
 D3RT_INLINE float sum(Vec a) { return _mm512_reduce_add_ps(a.v); }
+D3RT_INLINE __m256 halves_added(__m512 a) {
+  return _mm256_add_ps(_mm512_castps512_ps256(a), _mm512_extractf32x8_ps(a, 1));
+}
+// out[0..3] = sum(a), sum(b), sum(c), sum(d)
+D3RT_INLINE void sum4(Vec a, Vec b, Vec c, Vec d, float* out) {
+  const __m256 ab = _mm256_hadd_ps(halves_added(a.v), halves_added(b.v));
+  const __m256 abcd = _mm256_hadd_ps(ab, _mm256_hadd_ps(halves_added(c.v), halves_added(d.v)));
+  _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(abcd), _mm256_extractf128_ps(abcd, 1)));
+}
+D3RT_INLINE Vec load(const int8_t* p) {
+  return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))))};
+}
+D3RT_INLINE Vec load_partial(const int8_t* p, int n) {
+  return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_maskz_loadu_epi8(first(n), p)))};
+}
 D3RT_INLINE Vec round_nearest(Vec a) { return {_mm512_roundscale_ps(a.v, 0)}; }
 D3RT_INLINE Vec scale_by_power_of_two(Vec a, Vec n) { return {_mm512_scalef_ps(a.v, n.v)}; }
 D3RT_INLINE bool any_nan_or_equal(Vec a, Vec b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_EQ_UQ) != 0; }
@@ -157,6 +188,19 @@ D3RT_INLINE float sum(Vec a) {
   half = _mm_add_ps(half, _mm_movehl_ps(half, half));
   return _mm_cvtss_f32(_mm_add_ss(half, _mm_movehdup_ps(half)));
 }
+// out[0..3] = sum(a), sum(b), sum(c), sum(d)
+D3RT_INLINE void sum4(Vec a, Vec b, Vec c, Vec d, float* out) {
+  const __m256 abcd = _mm256_hadd_ps(_mm256_hadd_ps(a.v, b.v), _mm256_hadd_ps(c.v, d.v));
+  _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(abcd), _mm256_extractf128_ps(abcd, 1)));
+}
+D3RT_INLINE Vec load(const int8_t* p) {
+  return {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))))};
+}
+D3RT_INLINE Vec load_partial(const int8_t* p, int n) {
+  alignas(8) int8_t lanes[8] = {};
+  for (int i = 0; i < n; ++i) lanes[i] = p[i];
+  return load(lanes);
+}
 D3RT_INLINE Vec round_nearest(Vec a) {
   return {_mm256_round_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
 }
@@ -201,6 +245,14 @@ D3RT_INLINE Vec max(Vec a, Vec b) { return {vmaxq_f32(a.v, b.v)}; }
 D3RT_INLINE Vec min(Vec a, Vec b) { return {vminq_f32(a.v, b.v)}; }
 D3RT_INLINE Vec fma(Vec a, Vec b, Vec c) { return {vfmaq_f32(c.v, a.v, b.v)}; }
 D3RT_INLINE float sum(Vec a) { return vaddvq_f32(a.v); }
+// out[0..3] = sum(a), sum(b), sum(c), sum(d)
+D3RT_INLINE void sum4(Vec a, Vec b, Vec c, Vec d, float* out) {
+  vst1q_f32(out, vpaddq_f32(vpaddq_f32(a.v, b.v), vpaddq_f32(c.v, d.v)));
+}
+D3RT_INLINE Vec load(const int8_t* p) {
+  int8_t lanes[8] = {p[0], p[1], p[2], p[3]};
+  return {vcvtq_f32_s32(vmovl_s16(vget_low_s16(vmovl_s8(vld1_s8(lanes)))))};
+}
 D3RT_INLINE Vec round_nearest(Vec a) { return {vrndnq_f32(a.v)}; }
 D3RT_INLINE Vec scale_by_power_of_two(Vec a, Vec n) {
   const int32x4_t exponent = vaddq_s32(vcvtq_s32_f32(n.v), vdupq_n_s32(127));
@@ -236,6 +288,9 @@ D3RT_INLINE Vec div(Vec a, Vec b) { return {a.v / b.v}; }
 D3RT_INLINE Vec max(Vec a, Vec b) { return {a.v > b.v ? a.v : b.v}; }
 D3RT_INLINE Vec fma(Vec a, Vec b, Vec c) { return {a.v * b.v + c.v}; }
 D3RT_INLINE float sum(Vec a) { return a.v; }
+D3RT_INLINE void sum4(Vec a, Vec b, Vec c, Vec d, float* out) {
+  out[0] = a.v, out[1] = b.v, out[2] = c.v, out[3] = d.v;
+}
 D3RT_INLINE bool any_nan_or_equal(Vec a, Vec b) { return !(a.v < b.v || a.v > b.v); }
 
 #endif

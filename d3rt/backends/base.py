@@ -67,7 +67,10 @@ class Backend(Protocol):
         """Working memory of the steps recorded so far."""
 
     def own(self, tensors: Sequence[Tensor]) -> None:
-        """Registers static memory: weights, cache, buffers. Recorded steps may use no other."""
+        """Registers static memory: cache, buffers. Recorded steps may use no other, and own_weights'."""
+
+    def own_weights(self, tensors: Sequence[Tensor]) -> None:
+        """The same for the weights, which every step streams: a backend may move them to where that is fast."""
 
     def record(self, step: Callable[[Any], None]) -> Any:
         """Calls step(ops) once and returns a program whose replay() repeats it. ops: see d3rt.kernels.reference."""

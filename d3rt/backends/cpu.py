@@ -76,6 +76,10 @@ class CpuBackend:
         for tensor in tensors:
             self._arena.add(tensor)
 
+    def own_weights(self, tensors: Sequence[Tensor]) -> None:
+        self.own(tensors)
+        self._arena.use_large_pages()
+
     def record(self, step: Callable[[Any], None]) -> Any:
         tape = native().Tape(self._pool, self._arena)
         step(tape)

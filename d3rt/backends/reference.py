@@ -138,6 +138,8 @@ class ReferenceBackend:
     def own(self, tensors: Sequence[Tensor]) -> None:
         """Nothing to register: Python keeps its tensors alive."""
 
+    own_weights = own
+
     def record(self, step: Callable[[Any], None]) -> ReferenceProgram:
         return ReferenceProgram(step)
 
