@@ -48,7 +48,8 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 def linear(x: Tensor, w: Tensor | PackedMatrix, bias: Tensor | None = None) -> Tensor:
     """x [.., K] float32 times w [N, K]^T, plus bias [N]; the product in float32. A packed w meets int8 activations:
-    group by group of 32 columns, the integer products are summed exactly, then scaled."""
+    group by group of 32 columns, the integer products are summed exactly, then scaled. (Not so in kernels/cuda: there
+    float32 activations meet w.dequantize().)"""
     if isinstance(w, PackedMatrix):
         codes, scales = quantise_activations(x)
         x, dense = codes.unflatten(-1, (-1, GROUP)) * scales[..., None], w.dequantize()

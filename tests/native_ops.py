@@ -17,8 +17,9 @@ from d3rt.kernels.cases import Case
 
 ISAS = _C.available_isas()
 EPS = torch.finfo(torch.float32).eps
-# A float32 value rounded to bfloat16's 8 significant bits moves by at most half a unit in the last place.
-BF16_ROUNDING = 2.0**-8
+# How far a float32 value moves at most, relative to itself, when it is rounded to 8 or 11 significant bits.
+ROUNDING = {torch.float32: 0.0, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
+FLOAT16_STEP = 2.0**-24  # between the smallest float16 values, which have fewer bits
 
 
 @cache
@@ -51,14 +52,16 @@ def native(case: Case, isa: str = "", threads: int = 1, slack: int = 0) -> dict[
     return cases.outputs(case, arguments)
 
 
-def _converted(arguments: dict, dtype: torch.dtype, caches_only: bool = False) -> dict:
+def _converted(arguments: dict, dtype: torch.dtype) -> dict:
+    """A copy with every float tensor in this dtype."""
+
     def convert(name: str, value):
         if isinstance(value, list):
             return [
                 reference.FillLayer(*(convert(*item) for item in layer._asdict().items())) for layer in value
             ]
         wanted = isinstance(value, Tensor) and value.is_floating_point()
-        return value.to(dtype) if wanted and (name.endswith("_cache") or not caches_only) else value
+        return value.to(dtype, copy=True) if wanted else value
 
     return {name: convert(name, value) for name, value in arguments.items()}
 
@@ -66,7 +69,12 @@ def _converted(arguments: dict, dtype: torch.dtype, caches_only: bool = False) -
 @cache
 def exact(case: Case) -> dict[str, Tensor]:
     """The op's outputs by its definition, with every tensor and all arithmetic in float64."""
-    arguments = _converted(cases.make(case), torch.float64)
+    return exact_of(case, cases.make(case))
+
+
+def exact_of(case: Case, arguments: dict) -> dict[str, Tensor]:
+    """`exact` for arguments of one's own, which stay as they are."""
+    arguments = _converted(arguments, torch.float64)
     with mock.patch.object(
         torch.Tensor, "float", torch.Tensor.double
     ):  # reference widens weights by .float()
@@ -78,25 +86,29 @@ def exact(case: Case) -> dict[str, Tensor]:
 def bounds(case: Case) -> dict[str, Tensor]:
     """How far each output element may be from `exact`: twice the largest error that torch's float32 makes on the same
     numbers, plus 4 eps of the largest value, for tensors so small that torch's own error is 0 by luck (the most that
-    was needed of it is 0.9 eps). Where the output is kept in bfloat16, its last rounding comes on top."""
-    arguments = _converted(
-        cases.make(case), torch.float32, caches_only=True
-    )  # torch's error without rounding
+    was needed of it is 0.9 eps). Where the output is kept in 16 bits, its last rounding comes on top."""
+    return bounds_of(case, cases.make(case), exact(case))
+
+
+def bounds_of(case: Case, arguments: dict, right: dict[str, Tensor]) -> dict[str, Tensor]:
+    """`bounds` for arguments of one's own, which stay as they are, and what is right for them."""
+    arguments = _converted(arguments, torch.float32)  # torch's error without rounding; a copy
     cases.call(reference, case, arguments)
     torch_outputs = cases.outputs(case, arguments)
     allowed = {}
-    for name, value in exact(case).items():
+    for name, value in right.items():
         arithmetic = 2 * (torch_outputs[name] - value).abs().max() + 4 * EPS * value.abs().max()
-        rounded = name.endswith("_cache") and case.dtype == torch.bfloat16
-        allowed[name] = arithmetic + BF16_ROUNDING * value.abs() * rounded
+        rounding = ROUNDING[case.dtype] * value.abs() + FLOAT16_STEP * (case.dtype == torch.float16)
+        allowed[name] = arithmetic + rounding * name.endswith("_cache")
     return allowed
 
 
-def assert_close(case: Case, got: dict[str, Tensor]) -> None:
+def assert_close(case: Case, got: dict[str, Tensor], right=None, allowed=None) -> None:
     """`got` within the bounds of `exact`; NaN is never close."""
-    for name, value in exact(case).items():
+    right, allowed = right or exact(case), allowed or bounds(case)
+    for name, value in right.items():
         error = (got[name].double() - value).abs()
-        worst = float((error / bounds(case)[name].clamp(min=1e-300)).max())
+        worst = float((error / allowed[name].clamp(min=1e-300)).max())
         assert worst <= 1.0, (
             f"{case} {name}: off by {worst:.2f} times what is allowed, {float(error.max()):.3g}"
         )
@@ -105,7 +117,7 @@ def assert_close(case: Case, got: dict[str, Tensor]) -> None:
 def storage_bits(tensor: Tensor) -> Tensor:
     """The whole storage under a tensor as integers, so that NaN equals itself; a copy."""
     flat = torch.empty(0, dtype=tensor.dtype).set_(tensor.untyped_storage())
-    return flat.view(torch.int16 if tensor.dtype == torch.bfloat16 else torch.int32).clone()
+    return flat.view(torch.int16 if tensor.dtype.itemsize == 2 else torch.int32).clone()
 
 
 def owned_bits(case: Case, name: str, tensor: Tensor) -> Tensor:

@@ -1,0 +1,109 @@
+"""The tile table: architecture x op x number of slots -> rows and columns of a tile, warps, splits. No autotuning: a
+launch that is recorded in a graph must be the same on every machine of an architecture.
+
+Chosen from what the compiler reports (tests/gpu/budgets.json: registers, spills, 128-bit loads, blocks a
+multiprocessor), not from measurements: no GPU was at hand. plans.py turns a table line and a matrix into a launch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+ARCHS = (70, 75, 80, 86, 89, 90)  # V100, T4, A100, A40/3090, L40/4090, H100
+
+# Multiprocessors of the GPU that stands for an architecture. They only decide into how many splits a small matrix is
+# cut.
+MULTIPROCESSORS = {70: 80, 75: 40, 80: 108, 86: 84, 89: 128, 90: 132}
+
+# Bytes of shared memory that one block may take (CUDA C++ Programming Guide, "Technical Specifications per Compute
+# Capability").
+SHARED_LIMIT = {70: 98304, 75: 65536, 80: 166912, 86: 101376, 89: 101376, 90: 232448}
+
+BATCHES = (1, 2, 4, 8, 16)  # a batch takes the line of the next larger number here
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Of a program: rows of W, warps, and how much of a row in one step: columns of a plain matrix, 32-bit words of a
+    packed one; fewer than its threads, see matvec.py. blocks: programs that a multiprocessor should have to itself, at
+    least."""
+
+    rows: int
+    warps: int = 4
+    words: int = 64
+    blocks: int = 4
+
+
+@dataclass(frozen=True)
+class AttentionTile:
+    """positions of a step, warps, and stages of the pipeline that fetches K,V ahead (with tensor cores only)"""
+
+    positions: int
+    warps: int = 4
+    stages: int = 2
+    blocks: int = 2
+
+
+WORD = {"int8": 4, "int4": 8}  # columns in a 32-bit word
+
+# The more slots, the more sums a thread holds (rows x words / threads of each), so the fewer rows and words. By number
+# of slots, as BATCHES. norm_gate_up has two matrices in a program.
+_PLAIN = (Tile(64), Tile(64), Tile(32), Tile(32), Tile(32))
+_PACKED = (Tile(32), Tile(32), Tile(32), Tile(32, words=32), Tile(32, words=16))
+_TWO_PACKED = (*(Tile(32, words=32),) * 4, Tile(32, words=16))
+_TWO_PLAIN = (Tile(32), Tile(32), Tile(32), Tile(32), Tile(16))
+
+_MATVEC = {
+    "norm_qkv_rope": {"plain": _PLAIN, "packed": _PACKED},
+    "kv_fill": {"plain": _PLAIN, "packed": _PACKED},
+    "proj_add": {"plain": _PLAIN, "packed": _PACKED},
+    "norm_gate_up": {"plain": _TWO_PLAIN, "packed": _TWO_PACKED},
+    "norm_logits": {"plain": _PLAIN, "packed": _PACKED},
+}
+_MATVEC_BY_ARCH = dict.fromkeys(ARCHS, _MATVEC)  # the compiler gives no reason yet to tell them apart here
+
+_TENSOR_CORES = AttentionTile(positions=64, stages=3)
+_ATTENTION_BY_ARCH = {
+    70: None,
+    75: None,
+    80: _TENSOR_CORES,
+    86: AttentionTile(positions=32, stages=3),  # 100 KiB of shared memory
+    89: AttentionTile(positions=32, stages=3),
+    90: _TENSOR_CORES,
+}
+
+
+def bucket(batch: int) -> int:
+    """Index of the table line for this many slots."""
+    return next(i for i, largest in enumerate(BATCHES) if batch <= largest)
+
+
+def matvec_tile(arch: int, op: str, batch: int, packed: bool) -> Tile:
+    return _MATVEC_BY_ARCH[arch][op]["packed" if packed else "plain"][bucket(batch)]
+
+
+def columns(tile: Tile, width: str, inputs: int) -> int:
+    """Columns of a step of a matrix with this many inputs: fewer where the last step would be mostly empty."""
+    if width not in WORD:
+        return tile.words
+    words = tile.words
+    while words > 16 and -(-inputs // (words * WORD[width])) * words * WORD[width] > 1.2 * inputs:
+        words //= 2
+    return words * WORD[width]
+
+
+def splits(arch: int, tile: Tile, blocks: int, steps: int, most: int) -> int:
+    """Into how many splits to cut a matrix of this many row blocks and column steps: enough to fill the chip, `most` at
+    most."""
+    wanted = -(-MULTIPROCESSORS[arch] * tile.blocks // blocks)
+    return max(1, min(wanted, steps, most, 16))
+
+
+def attention_tile(arch: int, group: int, head_dim: int, sixteen_bit: bool) -> tuple[AttentionTile, bool]:
+    """(tile, whether with tensor cores) for `group` query heads a key-value head, rounded up to a power of 2."""
+    cores = _ATTENTION_BY_ARCH[arch]
+    if cores is not None and sixteen_bit:
+        return cores, True
+    # Every thread holds its share of group x positions x head_dim products, and of keys and values.
+    products = 4096 if sixteen_bit else 2048
+    return AttentionTile(positions=max(4, min(64, products // (group * head_dim))), stages=1), False
