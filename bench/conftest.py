@@ -37,7 +37,14 @@ def read_bandwidth():
 
 
 @pytest.fixture
-def held_against_bandwidth(benchmark, read_bandwidth, request):
+def say(request):
+    """A function: a line about this test that is shown at the end."""
+    lines = request.config.stash.setdefault(LINES, [])
+    return lambda line: lines.append(f"{request.node.name}: {line}")
+
+
+@pytest.fixture
+def held_against_bandwidth(benchmark, read_bandwidth, say):
     """A function: notes how many bytes one call of the benchmarked function moves (moved_bytes), and what else is said
     of it. What is known only after the test, its speed, is added then; the line is shown at the end."""
     facts = {}
@@ -61,8 +68,8 @@ def held_against_bandwidth(benchmark, read_bandwidth, request):
         share_of_bandwidth=reached / bandwidth,
     )
     words = ", ".join(f"{key} {value}" for key, value in facts.items() if key != "moved_bytes")
-    request.config.stash.setdefault(LINES, []).append(
-        f"{request.node.name}: {seconds * 1e6:.1f} us, {reached:.1f} GB/s of {bandwidth:.1f} "
+    say(
+        f"{seconds * 1e6:.1f} us, {reached:.1f} GB/s of {bandwidth:.1f} "
         f"({reached / bandwidth:.0%}){', ' if words else ''}{words}"
     )
 

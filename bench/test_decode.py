@@ -40,7 +40,7 @@ def model(dtype: torch.dtype) -> LlamaForCausalLM:
         num_hidden_layers=30,
         num_attention_heads=9,
         num_key_value_heads=3,
-        max_position_embeddings=2048,
+        max_position_embeddings=8192,
         tie_word_embeddings=True,
     )
     return LlamaForCausalLM(config).to(dtype).eval()

@@ -59,6 +59,10 @@ class TensorArena : public Arena {
     views_.emplace(tensor.ptr(), view);
     kept_.push_back(tensor);
   }
+  void add_packed(const py::object& weight) {
+    for (const char* part : {"data", "scales", "minima"})
+      if (!weight.attr(part).is_none()) add(weight.attr(part));
+  }
   int64_t use_large_pages() const {
     std::vector<TensorView> views;
     for (const py::object& tensor : kept_) views.push_back(view(tensor));
@@ -227,12 +231,25 @@ PYBIND11_MODULE(_C, m) {
           py::arg("logits"), py::arg("x"), py::arg("norm"), py::arg("w"), py::arg("eps"));
 
   m.def(
+      "unpack",
+      [](std::shared_ptr<ThreadPool> pool, T out, T w, const std::string& isa) {
+        auto arena = std::make_shared<TensorArena>();
+        arena->add(out);
+        arena->add_packed(w);
+        Tape tape(std::move(pool), arena, cpu::kernels_for(isa));
+        tape.record(Unpack{arena->view(out), arena->matrix(w)});
+        py::gil_scoped_release release;
+        tape.replay();
+      },
+      py::arg("pool"), py::arg("out"), py::arg("w"), py::arg("isa") = "",
+      "out [N, K] float32 or bfloat16 = a PackedMatrix [N, K] as floats, at once.");
+
+  m.def(
       "linear",
       [](std::shared_ptr<ThreadPool> pool, T out, T a, T w, const std::string& isa) {
         auto arena = std::make_shared<TensorArena>();
         for (T tensor : {out, a}) arena->add(tensor);
-        for (const char* part : {"data", "scales", "minima"})
-          if (!w.attr(part).is_none()) arena->add(w.attr(part));
+        arena->add_packed(w);
         Tape tape(std::move(pool), arena, cpu::kernels_for(isa));
         tape.record(Linear{arena->view(out), arena->view(a), arena->matrix(w)});
         py::gil_scoped_release release;

@@ -44,6 +44,11 @@ class Binder {
     check_view(op_, name, view, DType::f32, sizes);
     return own(name, view).ptr<float>();
   }
+  // Any float type, contiguous.
+  void* plain(const char* name, const TensorView& view, std::initializer_list<int64_t> sizes) const {
+    check_view(op_, name, view, view.dtype, sizes);
+    return own(name, view).data;
+  }
   const float* optional_f32(const char* name, const TensorView& view,
                             std::initializer_list<int64_t> sizes) const {
     return view ? f32(name, view, sizes) : nullptr;
@@ -336,6 +341,17 @@ Node bind(const Linear& op, const Arena& arena, const cpu::Kernels& kernels, int
   args.w = to.matrix("w", op.w, op.out.size(1), op.a.size(1));
   args.T = static_cast<int>(T);
   return node("linear", 2, quantised_floats(T, args.w.cols), kernels.linear, args);
+}
+
+Node bind(const Unpack& op, const Arena& arena, const cpu::Kernels& kernels, int) {
+  const Binder to("unpack", arena);
+  if (op.w.format.empty()) to.refuse("w must be packed");
+  cpu::UnpackArgs args{};
+  args.w = to.matrix("w", op.w, -1, -1);
+  args.as = to.store("out", op.out);
+  if (args.as == cpu::Store::f16) to.refuse("out must be float32 or bfloat16");
+  args.out = to.plain("out", op.out, {args.w.rows, args.w.cols});
+  return node("unpack", 1, 0, kernels.unpack, args);
 }
 
 }  // namespace d3rt

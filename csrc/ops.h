@@ -109,6 +109,12 @@ struct Linear {
   MatrixView w;    // [N, K] packed W
 };
 
+// out = w as floats, for the matrix products of a long prefill; W packed
+struct Unpack {
+  TensorView out;  // [N, K] float32 or bfloat16, out
+  MatrixView w;    // [N, K] packed W
+};
+
 // The static memory of one runtime: weights, cache, activations. A tape records addresses inside it and no
 // others, because any other address may be freed or stand for a temporary whose content never changes again.
 class Arena {
@@ -153,5 +159,6 @@ Node bind(const NormGateUp&, const Arena&, const cpu::Kernels&, int num_threads)
 Node bind(const KvFill&, const Arena&, const cpu::Kernels&, int num_threads);
 Node bind(const NormLogits&, const Arena&, const cpu::Kernels&, int num_threads);
 Node bind(const Linear&, const Arena&, const cpu::Kernels&, int num_threads);
+Node bind(const Unpack&, const Arena&, const cpu::Kernels&, int num_threads);
 
 }  // namespace d3rt

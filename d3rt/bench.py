@@ -18,15 +18,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers.generation.streamers import BaseStreamer
 
-from d3rt.backends.cpu import usable_cores
+from d3rt.backends.cores import usable_cores
+from d3rt.backends.cpu import native
+from d3rt.kernels import kv_line
 from d3rt.models.decoder import StepBuffers
 from d3rt.plan import Plan
 from d3rt.result import GenerationStats
 from d3rt.runtime import Runtime
 
-BANDWIDTH_PROBE = "torch.sum over float32, all threads"
+BANDWIDTH_PROBE = "torch.sum over float32 in large pages, all threads"
 BANDWIDTH_PROBE_BYTES = 512 * 2**20  # many times any cache
 MIN_ROUNDS = 3
 
@@ -93,6 +96,10 @@ class Bandwidth:
 
     def __init__(self, size: int = BANDWIDTH_PROBE_BYTES):
         self._buffer = torch.ones(size // 4)
+        # As the weights are kept: in 4 KiB pages the same processor may read at half the speed.
+        self._arena = native().Arena()
+        self._arena.add(self._buffer)
+        self._arena.use_large_pages()
 
     def __call__(self) -> float:
         seconds = []
@@ -187,13 +194,16 @@ def bytes_per_token(stats: GenerationStats) -> float:
     return sum(stats.weight_bytes[1:] + stats.kv_bytes[1:]) / (stats.steps - 1)
 
 
-def step_replay(runtime: Runtime, plan: Plan, position: int) -> Callable[[], None]:
-    """One recorded decode step of `plan` at `position`, to be called over and over: without the dispatcher and all
-    else that is not the step. The runtime's cache is overwritten."""
+def step_replay(runtime: Runtime, plan: Plan, position: int, rows: int = 1) -> Callable[[], None]:
+    """One recorded decode step of `plan` for `rows` rows at `position`, to be called over and over: without the
+    dispatcher and all else that is not the step. The runtime's cache is overwritten, and all its replays for as many
+    rows are at the position given last."""
     cache = runtime._cache
     for tensor in (cache.k, cache.v):
-        tensor[:, :, :, : position + 1] = 0.1
-    buffers: StepBuffers = runtime._for_rows(1).buffers
+        tensor[:, :, :, : position + 1] = kv_line.kept_as(
+            torch.full((runtime.config.head_dim,), 0.1), tensor.dtype
+        )
+    buffers: StepBuffers = runtime._for_rows(rows).buffers
     program = runtime.backend.record(lambda ops: runtime._decoder.decode_step(ops, plan, buffers))
     buffers.pos.fill_(position)
     return program.replay
@@ -203,6 +213,31 @@ def step_bytes(runtime: Runtime, plan: Plan, position: int) -> int:
     """Weight and K,V bytes that the step of `step_replay` reads."""
     (kv_bytes,) = runtime._kv_bytes([plan], lengths=[position], ends=[position])
     return runtime._decoder.step_bytes(plan) + kv_bytes
+
+
+def teacher_forced(runtime: Runtime, tokens: Tensor, progress: Callable[[], None] = lambda: None) -> Tensor:
+    """Negative log-likelihoods in nats, float64 [B, T - 1]: of each token of tokens [B, T] after those before it.
+
+    By the recorded decode steps that `generate` replays, the policy's layers at each, with the given token in the place
+    of the chosen one: quantised activations exist only there. A row's first token goes through the prefill.
+    progress: called after each step.
+    """
+    count, length = tokens.shape
+    plans = runtime.policy.schedule(runtime.config.num_hidden_layers, length - 1).plans(runtime.kv_fill)
+    losses = []
+    with runtime._exclusive():
+        rows = runtime._for_rows(count)
+        runtime._cache.reset()
+        runtime._decoder.prefill(list(tokens[:, :1]), plans[0].layer_set, runtime._cache, rows.buffers, count)
+        rows.first_logits.replay()
+        rows.loop.begin()
+        for step, target in enumerate(tokens[:, 1:].T):
+            if step > 0:
+                rows.loop.commit(tokens[:, step].tolist(), [False] * count)
+                rows.loop.step(rows.number(plans[step]))
+            losses.append(F.cross_entropy(rows.buffers.logits, target, reduction="none").double())
+            progress()
+    return torch.stack(losses, dim=1)
 
 
 def versions(packages: Sequence[str] = ("d3rt", "torch", "transformers")) -> dict[str, str]:

@@ -94,7 +94,10 @@ def generate(
         typer.Option(help="Of embedding and lm_head. [default: as --weights; int8 with int4]"),
     ] = None,
     kv_cache_dtype: Annotated[
-        str | None, typer.Option(help="Of the K,V cache. [default: as --dtype; bfloat16 with int8 and int4]")
+        str | None,
+        typer.Option(
+            help="Of the K,V cache: a dtype or int8. [default: as --dtype; bfloat16 with int8 and int4]"
+        ),
     ] = None,
     threads: ThreadsOption = None,
     max_new_tokens: Annotated[int, typer.Option(help="At most this many tokens.")] = 128,

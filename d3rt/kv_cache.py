@@ -12,10 +12,12 @@ import torch
 
 from d3rt.config import DecoderConfig
 from d3rt.errors import HoleError
+from d3rt.kernels import kv_line
 
 
 class KVCache:
-    """k, v: [L, B, G, S, d] in the weights' dtype; filled: int32 [L, B], K,V of positions 0 .. filled - 1 exist.
+    """k, v: [L, B, G, S, d] of the dtype; as int8 [L, B, G, S, d + 4], in the lines of d3rt.kernels.kv_line. filled:
+    int32 [L, B], K,V of positions 0 .. filled - 1 exist.
 
     The memory is not touched before it is written, so a long max_seq_len costs address space, not memory.
     """
@@ -26,7 +28,7 @@ class KVCache:
             batch_size,
             config.num_key_value_heads,
             max_seq_len,
-            config.head_dim,
+            kv_line.width(config.head_dim, dtype),
         )
         self.k = torch.empty(shape, dtype=dtype)
         self.v = torch.empty(shape, dtype=dtype)

@@ -38,9 +38,11 @@ class MemoryReport:
         return "\n".join(f"{label:<30} {size / 2**20:9.1f} MiB" for label, size in parts)
 
 
-def prefill_bytes(config: DecoderConfig, chunk_tokens: int, max_seq_len: int, weight_bytes: int) -> int:
+def prefill_bytes(
+    config: DecoderConfig, chunk_tokens: int, max_seq_len: int, weight_bytes: int, cache_bytes: int
+) -> int:
     """Upper bound of what Decoder.prefill takes for one chunk of T tokens, beside cache and buffers; `weight_bytes` is
-    the size of one weight, 4 or 2.
+    the size of one weight as products read it, 4 or 2, `cache_bytes` that of one value in the cache, 4, 2 or 1.
 
     A layer's two halves follow each other, so the larger one counts. Values of a token in float32, those included that
     live on as variables of the loop (the layer before's gate while attention runs; Q, K, V while the MLP does):
@@ -50,7 +52,8 @@ def prefill_bytes(config: DecoderConfig, chunk_tokens: int, max_seq_len: int, we
         and the old gate.
     In bfloat16 each product's input and output exist once more in two bytes. Attention's mask over the positions that
     a layer can see takes, for each pair of token and position, 8 bytes of distance, two booleans, and a value in the
-    weights' dtype: SDPA adds masks, and turns boolean ones into -inf. Scores are never whole: SDPA works in tiles.
+    cache's dtype: SDPA adds masks, and turns boolean ones into -inf. Scores are never whole: SDPA works in tiles.
+    An int8 cache is read as float32: K and V of one layer, as many positions as it can see.
     All of it a third more: the allocator keeps what is freed between such blocks (measured: up to a quarter more than
     what lives, over widths of 576..2048 and up to 8192 positions).
     """
@@ -59,7 +62,10 @@ def prefill_bytes(config: DecoderConfig, chunk_tokens: int, max_seq_len: int, we
     seen = max_seq_len
     if all(c.sliding_windows):
         seen = min(seen, max(c.sliding_windows) + chunk_tokens)
-    attention = 4 * (3 * c.hidden_size + c.intermediate_size + 5 * q + 5 * kv) + seen * (10 + weight_bytes)
+    attended = 4 if cache_bytes == 1 else cache_bytes
+    attention = 4 * (3 * c.hidden_size + c.intermediate_size + 5 * q + 5 * kv) + seen * (10 + attended)
     mlp = 4 * (5 * c.hidden_size + 2 * q + 2 * kv + 4 * c.intermediate_size)
-    casts = 0 if weight_bytes == 4 else weight_bytes * (2 * c.hidden_size + 2 * c.intermediate_size)
-    return chunk_tokens * (max(attention, mlp) + casts) * 4 // 3
+    narrow = min(weight_bytes, attended)
+    casts = 0 if narrow == 4 else narrow * (2 * c.hidden_size + 2 * c.intermediate_size)
+    decoded = 2 * 4 * kv * seen if cache_bytes == 1 else 0
+    return (chunk_tokens * (max(attention, mlp) + casts) + decoded) * 4 // 3

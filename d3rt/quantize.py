@@ -1,8 +1,9 @@
 """Weight widths: how `compile(weights=...)` turns a model's matrices into what the kernels stream.
 
 A width is a dtype (float32, bfloat16, float16: shared with the model where it already has it) or a packed format
-(int8, int4: groups of 32, d3rt.kernels.packing). Matrices are converted one by one, and packed some rows at a time, so
-that no second full copy ever exists beside the model's own.
+(int8, int4: groups of 32, d3rt.kernels.packing); that of the K,V cache is a dtype, or int8 (d3rt.kernels.kv_line).
+Matrices are converted one by one, and packed some rows at a time, so that no second full copy ever exists beside the
+model's own.
 """
 
 from __future__ import annotations
@@ -29,17 +30,21 @@ DTYPES = {
 }
 
 
+WIDTHS = (*DTYPES, *FORMATS)
+KV_CACHE_WIDTHS = (*DTYPES, "int8")
+
 # Packing works on float copies of what it packs: so many values at once, a few MB whatever the matrix.
 SLAB_VALUES = 1 << 18
 
 
-def parse_width(name: str, width: Width) -> str | torch.dtype:
-    """A dtype, or one of "int8" and "int4"; UnsupportedOptionError names the argument and the choices."""
-    if width in FORMATS:
+def parse_width(name: str, width: Width, choices: Sequence[str] = WIDTHS) -> str | torch.dtype:
+    """A dtype, or a format among the choices; UnsupportedOptionError names the argument and the choices."""
+    if width in FORMATS and width in choices:
         return width
     dtype = DTYPES.get(width) if isinstance(width, str) else width
     if dtype not in DTYPES.values():
-        raise UnsupportedOptionError(f"{name}={width!r}: choose one of {', '.join((*DTYPES, *FORMATS))}.")
+        instead = f"; for weights, pass weights={width!r}" if name == "dtype" and width in FORMATS else ""
+        raise UnsupportedOptionError(f"{name}={width!r}: choose one of {', '.join(choices)}{instead}.")
     return dtype
 
 
@@ -49,20 +54,18 @@ class Widths:
 
     weights: Width | None
     lm_head: Width | None
-    kv_cache: torch.dtype | None
+    kv_cache: Width | None
     load_dtype: torch.dtype | None  # to load a checkpoint in
 
     @classmethod
     def parse(cls, dtype, weights, lm_head, kv_cache_dtype) -> Widths:
         """From compile's arguments; UnsupportedOptionError names the one that is wrong."""
         given = {"dtype": dtype, "weights": weights, "lm_head": lm_head, "kv_cache_dtype": kv_cache_dtype}
-        parsed = {name: None if value is None else parse_width(name, value) for name, value in given.items()}
-        for name in ("dtype", "kv_cache_dtype"):
-            if parsed[name] in FORMATS:
-                instead = "; for weights, pass weights=" + repr(parsed[name]) if name == "dtype" else ""
-                raise UnsupportedOptionError(
-                    f"{name}={parsed[name]!r}: choose one of {', '.join(DTYPES)}{instead}."
-                )
+        choices = {"dtype": tuple(DTYPES), "kv_cache_dtype": KV_CACHE_WIDTHS}
+        parsed = {
+            name: None if value is None else parse_width(name, value, choices.get(name, WIDTHS))
+            for name, value in given.items()
+        }
         width = parsed["weights"] or parsed["dtype"]
         return cls(
             weights=width,
@@ -78,6 +81,11 @@ class Widths:
         if None in (self.weights, self.lm_head, self.kv_cache):
             dtype = parse_width("the model's dtype", dtype)
         return Widths(self.weights or dtype, self.lm_head or dtype, self.kv_cache or dtype, self.load_dtype)
+
+    @property
+    def kv_cache_dtype(self) -> torch.dtype:
+        """What the cache's tensors are made of."""
+        return torch.int8 if self.kv_cache == "int8" else self.kv_cache
 
     @property
     def any_packed(self) -> bool:
@@ -114,14 +122,18 @@ def _pack_in_slabs(weight: Tensor, format: str) -> PackedMatrix:
     """`pack`, some tiles of rows at a time: the same codes and scales, without float copies of the whole matrix."""
     rows, cols = weight.shape
     # What stays is allocated before what goes: between the slabs it would keep their memory from being given back.
-    parts = packed_parts(format, rows, cols)
-    data, scales = (torch.empty(shape, dtype=dtype) for shape, dtype in (parts["data"], parts["scales"]))
+    parts = {
+        name: torch.empty(shape, dtype=dtype)
+        for name, (shape, dtype) in packed_parts(format, rows, cols).items()
+        if name != "minima"  # `pack` makes none
+    }
     step = max(SLAB_VALUES // cols // TILE_ROWS, 1) * TILE_ROWS
     for start in range(0, rows, step):
         slab = pack(weight[start : start + step], format)
         at = slice(start // TILE_ROWS, start // TILE_ROWS + len(slab.data))
-        data[at], scales[at] = slab.data, slab.scales
-    return PackedMatrix(format, rows, cols, data, scales)
+        for name, part in parts.items():
+            part[at] = getattr(slab, name)
+    return PackedMatrix(format, rows, cols, **parts)
 
 
 def packed_parts(format: str, rows: int, cols: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:

@@ -76,10 +76,12 @@ def compile(
     weights: the width of the weights alone: a dtype, or "int8" or "int4" (groups of 32 columns; products with them
         quantise the activations to int8). Blocks of a GGUF file that have this width are taken as they are.
     lm_head: the same for the embedding and the lm_head; None is as `weights`, but int8 where those are int4.
-    kv_cache_dtype: of the K,V cache alone; None is `dtype`, else bfloat16 with int8 and int4 weights.
+    kv_cache_dtype: of the K,V cache alone: a dtype, or "int8" (a float32 scale for each position of each head); None is
+        `dtype`, else bfloat16 with int8 and int4 weights.
     max_seq_len: longest sequence, prompt included; None is the model's own limit, at most 8192.
     batch_size: most rows that one `generate` may have (up to 16).
-    threads: of the cpu backend's decode steps; None is every core. The prefill uses torch's own threads.
+    threads: of the cpu backend's decode steps; None is every core the process may use (affinity, cgroup quota,
+        OMP_NUM_THREADS). The prefill uses torch's own threads.
     kv_fill: "auto" writes K,V of skipped layers only when a later step reads it; "eager" always does.
     tokenizer: for `stream` with text; found by itself when `model` is a path.
 
@@ -174,7 +176,7 @@ class Runtime:
         self.policy = parse(policy, num_layers=layers) if isinstance(policy, str) else policy or FullDepth()
         self.policy.validate(layers)
         self.widths = widths.of_model(model.dtype)
-        self.dtype = self.widths.kv_cache
+        self.dtype = self.widths.kv_cache_dtype
         limit = self.config.max_position_embeddings
         self.max_seq_len = max_seq_len or min(limit, DEFAULT_MAX_SEQ_LEN)
         if self.max_seq_len > limit:
@@ -189,9 +191,9 @@ class Runtime:
         self.last_run: GenerationStats | None = None
 
         made = family.weights(source, self.widths.weights, self.widths.lm_head)
-        self._decoder = Decoder(self.config, made, backend.packed_linear)
+        self._decoder = Decoder(self.config, made, backend.linear)
         self._rope = family.rope_tables(model, self.max_seq_len)
-        self._cache = KVCache(self.config, batch_size, self.max_seq_len, self.widths.kv_cache)
+        self._cache = KVCache(self.config, batch_size, self.max_seq_len, self.dtype)
         backend.own_weights(self._decoder.weights.tensors())
         self._shared_bytes = _shared_bytes(model, self._decoder.weights.tensors())
         self._rows: dict[int, Rows] = {}
@@ -458,7 +460,8 @@ class Runtime:
         """K,V bytes that each decode step read: at step 1 a prompt of `lengths` and one token more. A row that has
         finished stands still at its position in `ends`."""
         c = self.config
-        line = 2 * c.num_key_value_heads * c.head_dim * self._cache.k.element_size()
+        cache = self._cache.k
+        line = 2 * c.num_key_value_heads * cache.shape[-1] * cache.element_size()
         windows = {
             plan: Counter(c.sliding_windows[layer] for layer in plan.layer_set.attention_layers)
             for plan in set(ran)
@@ -543,7 +546,13 @@ class Runtime:
                 self.config,
                 min(PREFILL_CHUNK_TOKENS, self.batch_size * self.max_seq_len),
                 self.max_seq_len,
-                self._cache.k.element_size(),
+                self.widths.weights.itemsize if isinstance(self.widths.weights, torch.dtype) else 4,
+                self.dtype.itemsize,
+            )
+            + max(
+                self.backend.linear_bytes(w)
+                for layer in self._decoder.weights.layers
+                for w in layer.matrices()
             ),
         )
 

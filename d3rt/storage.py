@@ -37,7 +37,7 @@ from d3rt.models import family_of
 from d3rt.models.loading import SETTINGS_FILE, quiet_transformers, tokenizer_in
 from d3rt.models.source import check_shapes, parameters, skeleton
 from d3rt.policies import Policy
-from d3rt.quantize import DTYPES, Matrix, Width, Widths, packed_parts, parse_width
+from d3rt.quantize import KV_CACHE_WIDTHS, WIDTHS, Matrix, Width, Widths, packed_parts, parse_width
 
 VERSION = 1
 # As Hugging Face's: a file larger than this is split.
@@ -73,13 +73,11 @@ class Settings:
         for name, kind in _TYPES.items():
             if type(values.get(name)) is not kind:
                 raise TypeError(f"{name}={values.get(name)!r}: it must be a {kind.__name__}")
-        widths = {name: parse_width(name, values.get(name)) for name in _WIDTHS}
-        if widths["kv_cache"] not in DTYPES.values():
-            raise ValueError(f"kv_cache={widths['kv_cache']!r}: it must be a dtype")
+        widths = {name: parse_width(name, values.get(name), choices) for name, choices in _WIDTHS.items()}
         return cls(Widths(**widths, load_dtype=None), **{name: values[name] for name in _TYPES})
 
 
-_WIDTHS = ("weights", "lm_head", "kv_cache")
+_WIDTHS = {"weights": WIDTHS, "lm_head": WIDTHS, "kv_cache": KV_CACHE_WIDTHS}
 _TYPES = {"policy": dict, "kv_fill": str, "max_seq_len": int, "batch_size": int}
 
 

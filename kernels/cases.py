@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from d3rt.kernels import kv_line
 from d3rt.kernels.reference import FillLayer
 
 EPS = 1e-5
@@ -34,7 +35,7 @@ class Case:
 
     op: str
     name: str
-    dtype: torch.dtype  # of weights and cache
+    dtype: torch.dtype  # of weights, and of the cache too where it is not int8
     B: int = 1
     D: int = 0
     H: int = 0
@@ -50,6 +51,7 @@ class Case:
     bias: bool = False
     head_norm: bool = False
     row_gap: int = 0
+    int8_cache: bool = False
 
     def __post_init__(self):
         if self.S and (len(self.pos) != self.B or not all(0 <= p < self.S for p in self.pos)):
@@ -59,7 +61,12 @@ class Case:
 
     def __str__(self) -> str:
         """What pytest and the benches show, e.g. "attention-gqa3-bfloat16-B1"."""
-        return f"{self.op}-{self.name}-{str(self.dtype).removeprefix('torch.')}-B{self.B}"
+        cache = "-int8_cache" if self.int8_cache else ""
+        return f"{self.op}-{self.name}-{str(self.dtype).removeprefix('torch.')}{cache}-B{self.B}"
+
+    @property
+    def cache_dtype(self) -> torch.dtype:
+        return torch.int8 if self.int8_cache else self.dtype
 
 
 def make(case: Case, seed: int = 0, slack: int = 0) -> dict[str, Any]:
@@ -85,7 +92,8 @@ def tensors(arguments: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:
 
 
 def outputs(case: Case, arguments: dict[str, Any]) -> dict[str, Tensor]:
-    """What the op writes, by name; of a cache the lines [B, G, d] at pos. Copies: read them after the call."""
+    """What the op writes, by name; of a cache the lines [B, G, d] at pos, of an int8 one what they stand for. Copies:
+    read them after the call."""
     names = {
         "embed": ["x"],
         "norm_qkv_rope": ["q", "k_cache", "v_cache"],
@@ -96,7 +104,11 @@ def outputs(case: Case, arguments: dict[str, Any]) -> dict[str, Tensor]:
         "norm_logits": ["logits"],
     }[case.op]
     found = dict(tensors(arguments))
-    return {name: found[name][owned(case, name)].clone() for name in names}
+    written = {name: found[name][owned(case, name)].clone() for name in names}
+    return {
+        name: kv_line.read(tensor) if tensor.dtype == torch.int8 else tensor
+        for name, tensor in written.items()
+    }
 
 
 def owned(case: Case, name: str) -> Any:
@@ -113,22 +125,24 @@ def bytes_moved(case: Case) -> int:
     biases = 4 * case.bias
     qkv_rows = (case.H + 2 * case.G) * case.d
     kv_rows = 2 * case.G * case.d
+    line = kv_line.width(case.d, case.cache_dtype) * case.cache_dtype.itemsize
+    lines = 2 * case.G * line  # K and V of one position
     rope = case.B * case.d * 4
     x = case.B * case.D * 4
     if case.op == "embed":
         return case.B * case.D * kept + x
     if case.op == "norm_qkv_rope":
         weights = qkv_rows * (case.D * kept + biases) + case.D * 4 + 2 * case.d * 4 * case.head_norm
-        return weights + x + rope + case.B * (case.H * case.d * 4 + kv_rows * kept)
+        return weights + x + rope + case.B * (case.H * case.d * 4 + lines)
     if case.op == "attention":
-        return read * kv_rows * kept + 2 * case.B * case.H * case.d * 4
+        return read * lines + 2 * case.B * case.H * case.d * 4
     if case.op == "proj_add":
         return case.D * (case.K * kept + biases) + case.B * case.K * 4 + 2 * x
     if case.op == "norm_gate_up":
         return 2 * case.F * (case.D * kept + biases) + case.D * 4 + x + case.B * case.F * 4
     if case.op == "kv_fill":
         weights = kv_rows * (case.D * kept + biases) + case.D * 4 + case.d * 4 * case.head_norm
-        return case.layers * (weights + case.B * kv_rows * kept) + x + rope
+        return case.layers * (weights + case.B * lines) + x + rope
     if case.op == "norm_logits":
         return case.V * case.D * kept + case.D * 4 + x + case.B * case.V * 4
     raise ValueError(f"op {case.op!r}: choose one of {', '.join(OPS)}")
@@ -146,7 +160,7 @@ class _Maker:
 
     def place(self, values: Tensor) -> Tensor:
         """values in a storage of their own, between `slack` elements of NaN (or of a token nobody has)."""
-        poison = float("nan") if values.is_floating_point() else -(2**31)
+        poison = {torch.int32: -(2**31), torch.int8: kv_line.POISON}.get(values.dtype, float("nan"))
         storage = torch.full((values.numel() + 2 * self.slack,), poison, dtype=values.dtype)
         inner = storage[self.slack : self.slack + values.numel()].view(values.shape)
         return inner.copy_(values)
@@ -178,13 +192,13 @@ class _Maker:
         return self.place(torch.tensor(self.case.pos, dtype=torch.int32))
 
     def cache(self, readable: bool) -> Tensor:
-        """[B, G, S, d]: NaN, but for the positions that attention reads when `readable`."""
+        """[B, G, S, d], as int8 [B, G, S, d + 4]: NaN, but for the positions that attention reads when `readable`."""
         case = self.case
         cache = torch.full((case.B, case.G, case.S, case.d), float("nan"))
         for slot, last in enumerate(case.pos if readable else ()):
             first = max(0, last + 1 - case.window) if case.window else 0
             cache[slot, :, first : last + 1] = self.random(case.G, last + 1 - first, case.d)
-        return self.place(cache.to(case.dtype))
+        return self.place(kv_line.kept_as(cache, case.cache_dtype))
 
     def rope(self) -> dict[str, Tensor]:
         case = self.case
@@ -459,8 +473,37 @@ def _timed_cases() -> dict[str, list[Case]]:
             ]
             for case in of_model:
                 cases[case.op] += _both([case])
+            cases["attention"].append(
+                Case("attention", m.name, torch.float32, B=B, int8_cache=True, **heads, **cached)
+            )
+    return cases
+
+
+# Of the shapes above, those whose lines are awkward: any length, so that most begin at odd addresses.
+_INT8_CACHE_SHAPES = {
+    "norm_qkv_rope": "smallest head_dim6 gqa3 head_dim80 head_dim128 gqa16 gapped",
+    "attention": "smallest first_position chunk_over gqa9 gqa16 head_dim128 head_dim6 window1 window_in_chunk "
+    "window_over_chunks",
+    "kv_fill": "one_layer head_dim6 head_dim80 full_batch",
+}
+
+
+def _int8_cache_cases() -> dict[str, list[Case]]:
+    cases = {
+        op: [replace(case, int8_cache=True) for case in TEST_CASES[op] if case.name in names.split()]
+        for op, names in _INT8_CACHE_SHAPES.items()
+    }
+    # Attention has no weights, and rotates nothing: its head_dim may be odd.
+    cases["attention"] = [case for case in cases["attention"] if case.dtype == torch.float32] + [
+        Case(
+            *("attention", f"head_dim{d}", torch.float32),
+            **dict(B=2, H=6, G=2, d=d, S=70, pos=(69, 3), int8_cache=True),
+        )
+        for d in (1, 7, 67)
+    ]
     return cases
 
 
 TEST_CASES: dict[str, list[Case]] = _test_cases()
+INT8_CACHE_CASES: dict[str, list[Case]] = _int8_cache_cases()
 TIMED_CASES: dict[str, list[Case]] = _timed_cases()

@@ -33,10 +33,16 @@ def encode(values: Tensor) -> Tensor:
     return torch.cat([codes, scales.contiguous().view(torch.int8)], dim=-1)
 
 
+def parts(lines: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes int8 [..., d], a view, and scales float32 [..., 1] of lines int8 [..., d + 4]."""
+    # A copy even of what is contiguous: it may begin where no float32 may.
+    scales = lines[..., -SCALE_BYTES:].clone(memory_format=torch.contiguous_format)
+    return lines[..., :-SCALE_BYTES], scales.view(torch.float32)
+
+
 def decode(lines: Tensor) -> Tensor:
     """Lines int8 [..., d + 4] to float32 [..., d]."""
-    codes, scale_bytes = lines[..., :-SCALE_BYTES], lines[..., -SCALE_BYTES:]
-    scales = scale_bytes.clone(memory_format=torch.contiguous_format).view(torch.float32)
+    codes, scales = parts(lines)
     return codes.float().mul_(scales)
 
 

@@ -5,8 +5,8 @@ Boring on purpose. The native kernels (csrc/cpu) and the Triton kernels are held
 token and pos are read from buffers. Arithmetic is float32 whatever the weights and the cache are kept in.
 
 Shape letters: B slots, S max_seq_len, D hidden_size, H num_attention_heads, G num_key_value_heads, d head_dim,
-F intermediate_size, V vocab_size. A weight W and the cache are float32 or bfloat16; biases, norms, cos, sin and
-activations are float32; token and pos are int32.
+F intermediate_size, V vocab_size. A weight W is float32, bfloat16, float16 or packed; the cache is a float dtype, or
+int8 with lines of d + 4 (kv_line.py); biases, norms, cos, sin and activations are float32; token and pos are int32.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from d3rt.kernels import kv_line
 from d3rt.kernels.packing import GROUP, PackedMatrix, quantise_activations
 
 
@@ -96,13 +97,13 @@ def norm_qkv_rope(
 
 def write_kv(k_cache, v_cache, n, wk, wv, bk, bv, k_norm, cos, sin, at, eps) -> None:
     """K,V of the normed hidden state n [B, D], written at positions at [B] (int64)."""
-    batch, kv_heads, _, head_dim = k_cache.shape
-    keys = linear(n, wk, bk).view(batch, kv_heads, head_dim)
+    batch, kv_heads = k_cache.shape[:2]
+    keys, values = (linear(n, w, bias).view(batch, kv_heads, -1) for w, bias in ((wk, bk), (wv, bv)))
     if k_norm is not None:
         keys = rms_norm(keys, k_norm, eps)
     slots = torch.arange(batch)
-    k_cache[slots, :, at] = rotate(keys, cos[at, None], sin[at, None]).to(k_cache.dtype)
-    v_cache[slots, :, at] = linear(n, wv, bv).view(batch, kv_heads, head_dim).to(v_cache.dtype)
+    k_cache[slots, :, at] = kv_line.kept_as(rotate(keys, cos[at, None], sin[at, None]), k_cache.dtype)
+    v_cache[slots, :, at] = kv_line.kept_as(values, v_cache.dtype)
 
 
 def attention(
@@ -113,8 +114,8 @@ def attention(
     group = q.shape[1] // k_cache.shape[1]
     for slot, last in enumerate(pos.tolist()):
         first = max(0, last + 1 - window) if window else 0
-        keys = k_cache[slot, :, first : last + 1].float().repeat_interleave(group, dim=0)  # [H, T, d]
-        values = v_cache[slot, :, first : last + 1].float().repeat_interleave(group, dim=0)
+        keys = kv_line.read(k_cache[slot, :, first : last + 1]).repeat_interleave(group, dim=0)  # [H, T, d]
+        values = kv_line.read(v_cache[slot, :, first : last + 1]).repeat_interleave(group, dim=0)
         weights = torch.softmax(torch.einsum("hd,htd->ht", q[slot], keys) * scale, dim=-1)
         out[slot] = torch.einsum("ht,htd->hd", weights, values)
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from d3rt import _C
-from d3rt.kernels import cases, reference
+from d3rt.kernels import cases, kv_line, reference
 from d3rt.kernels.cases import Case
 
 ISAS = _C.available_isas()
@@ -53,13 +53,15 @@ def native(case: Case, isa: str = "", threads: int = 1, slack: int = 0) -> dict[
 
 
 def _converted(arguments: dict, dtype: torch.dtype) -> dict:
-    """A copy with every float tensor in this dtype."""
+    """A copy with every float tensor in this dtype, and every int8 cache as the values [B, G, S, d] it stands for."""
 
     def convert(name: str, value):
         if isinstance(value, list):
             return [
                 reference.FillLayer(*(convert(*item) for item in layer._asdict().items())) for layer in value
             ]
+        if name.endswith("_cache") and value.dtype == torch.int8:
+            value = kv_line.decode(value)
         wanted = isinstance(value, Tensor) and value.is_floating_point()
         return value.to(dtype, copy=True) if wanted else value
 
@@ -86,7 +88,7 @@ def exact_of(case: Case, arguments: dict) -> dict[str, Tensor]:
 def bounds(case: Case) -> dict[str, Tensor]:
     """How far each output element may be from `exact`: twice the largest error that torch's float32 makes on the same
     numbers, plus 4 eps of the largest value, for tensors so small that torch's own error is 0 by luck (the most that
-    was needed of it is 0.9 eps). Where the output is kept in 16 bits, its last rounding comes on top."""
+    was needed of it is 0.9 eps). Where the output is kept in 16 or 8 bits, its last rounding comes on top."""
     return bounds_of(case, cases.make(case), exact(case))
 
 
@@ -98,7 +100,10 @@ def bounds_of(case: Case, arguments: dict, right: dict[str, Tensor]) -> dict[str
     allowed = {}
     for name, value in right.items():
         arithmetic = 2 * (torch_outputs[name] - value).abs().max() + 4 * EPS * value.abs().max()
-        rounding = ROUNDING[case.dtype] * value.abs() + FLOAT16_STEP * (case.dtype == torch.float16)
+        if case.int8_cache:  # half a step between codes
+            rounding = value.abs().amax(-1, keepdim=True) / 127 / 2
+        else:
+            rounding = ROUNDING[case.dtype] * value.abs() + FLOAT16_STEP * (case.dtype == torch.float16)
         allowed[name] = arithmetic + rounding * name.endswith("_cache")
     return allowed
 
@@ -117,7 +122,7 @@ def assert_close(case: Case, got: dict[str, Tensor], right=None, allowed=None) -
 def storage_bits(tensor: Tensor) -> Tensor:
     """The whole storage under a tensor as integers, so that NaN equals itself; a copy."""
     flat = torch.empty(0, dtype=tensor.dtype).set_(tensor.untyped_storage())
-    return flat.view(torch.int16 if tensor.dtype.itemsize == 2 else torch.int32).clone()
+    return flat.view({1: torch.int8, 2: torch.int16, 4: torch.int32}[tensor.dtype.itemsize]).clone()
 
 
 def owned_bits(case: Case, name: str, tensor: Tensor) -> Tensor:

@@ -141,6 +141,12 @@ struct LinearArgs {
   int T;
 };
 
+struct UnpackArgs {
+  void* out;  // [rows, cols]
+  Matrix w;   // packed
+  Store as;   // f32 or bf16
+};
+
 // Positions that one unit of split-KV attention covers. Fixed, so that results do not depend on the thread
 // count.
 constexpr int kAttentionChunk = 64;
@@ -164,11 +170,13 @@ struct Kernels {
   Kernel<KvFillArgs> kv_fill;
   Kernel<NormLogitsArgs> norm_logits;
   Kernel<LinearArgs> linear;
+  Kernel<UnpackArgs> unpack;
   // Lowest index of the maximum of values[n]; -1 if one of them is NaN or none is above -inf.
   int64_t (*argmax)(const float* values, int64_t n);
 };
 
 extern const Kernels kernels_scalar;
+extern const Kernels kernels_empty;  // not an ISA: empty.cpp
 #if defined(__x86_64__)
 extern const Kernels kernels_avx2;
 extern const Kernels kernels_avx512;

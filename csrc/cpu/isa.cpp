@@ -53,6 +53,7 @@ const Kernels& kernels_for(const std::string& isa) {
   const std::string wanted = !isa.empty() ? isa : forced ? forced : "";
   const auto tables = available();
   if (wanted.empty()) return *tables.back();
+  if (wanted == kernels_empty.isa) return kernels_empty;
   std::string names;
   for (const Kernels* table : tables) {
     if (wanted == table->isa) return *table;

@@ -9,6 +9,7 @@
 #include "norm_logits.h"
 #include "norm_qkv_rope.h"
 #include "proj_add.h"
+#include "unpack.h"
 
 #define D3RT_JOIN_(a, b) a##b
 #define D3RT_JOIN(a, b) D3RT_JOIN_(a, b)
@@ -20,6 +21,6 @@ namespace d3rt::cpu {
 const Kernels D3RT_JOIN(kernels_, D3RT_ISA) = {
     D3RT_TEXT(D3RT_ISA), D3RT_ISA::embed,        D3RT_ISA::norm_qkv_rope, D3RT_ISA::attention,
     D3RT_ISA::proj_add,  D3RT_ISA::norm_gate_up, D3RT_ISA::kv_fill,       D3RT_ISA::norm_logits,
-    D3RT_ISA::linear,    D3RT_ISA::argmax};
+    D3RT_ISA::linear,    D3RT_ISA::unpack,       D3RT_ISA::argmax};
 
 }  // namespace d3rt::cpu

@@ -28,7 +28,8 @@ D3RT_INLINE void write_line(const float* values, T* out, int d) {
   for (int i = 0; i < d; ++i) from_float(values[i], out + i);
 }
 // scale = max |value| / 127, code = round(value * 127 / max |value|), half to even. A NaN makes the scale
-// NaN, so that it shows wherever the line is read.
+// NaN, so that it shows wherever the line is read. Of values so small that float has no 127 / max, codes are
+// 0.
 D3RT_INLINE void write_line(const float* values, int8_t* out, int d) {
   float largest = 0, nan = 0;
   for (int i = 0; i < d; ++i) {
@@ -36,7 +37,7 @@ D3RT_INLINE void write_line(const float* values, int8_t* out, int d) {
     largest = size > largest ? size : largest;
     nan += values[i] * 0;  // 0, or NaN for NaN and infinities
   }
-  const float inverse = largest == 0 ? 0.0f : 127.0f / largest, scale = largest / 127.0f + nan;
+  const float inverse = largest < 1e-36f ? 0.0f : 127.0f / largest, scale = largest / 127.0f + nan;
   for (int i = 0; i < d; ++i) out[i] = nan == 0 ? static_cast<int8_t>(rintf(values[i] * inverse)) : int8_t{0};
   __builtin_memcpy(out + d, &scale, sizeof scale);
 }

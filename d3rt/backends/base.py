@@ -9,10 +9,16 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from d3rt.kernels.packing import PackedMatrix
 from d3rt.sampling import SamplingParams
+
+
+def typed_linear(x: Tensor, w: Tensor) -> Tensor:
+    """x [T, K] float32 times w [N, K]^T in w's dtype, as Hugging Face multiplies; float32 [T, N]."""
+    return torch.nn.functional.linear(x.to(w.dtype), w).float()
 
 
 class Loop(Protocol):
@@ -75,8 +81,11 @@ class Backend(Protocol):
     def record(self, step: Callable[[Any], None]) -> Any:
         """Calls step(ops) once and returns a program whose replay() repeats it. ops: see d3rt.kernels.reference."""
 
-    def packed_linear(self, x: Tensor, w: PackedMatrix) -> Tensor:
-        """x [T, K] float32 times a packed w [N, K]^T, at once: the prefill's products. Float32 [T, N]."""
+    def linear(self, x: Tensor, w: Tensor | PackedMatrix) -> Tensor:
+        """x [T, K] float32 times w [N, K]^T, at once: the prefill's products. Float32 [T, N]."""
+
+    def linear_bytes(self, w: Tensor | PackedMatrix) -> int:
+        """Bytes that `linear` takes for w beside its arguments and what prefill_bytes counts."""
 
     def loop(self, token: Tensor, pos: Tensor, logits: Tensor, filled: Tensor) -> Loop:
         """The decode loop over these buffers: token, pos [B] and filled [L, B] int32, logits [B, V] float32."""

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from d3rt.backends.base import typed_linear
 from d3rt.errors import NotFiniteError
 from d3rt.kernels import reference
 from d3rt.kernels.packing import PackedMatrix
@@ -143,8 +144,12 @@ class ReferenceBackend:
     def record(self, step: Callable[[Any], None]) -> ReferenceProgram:
         return ReferenceProgram(step)
 
-    def packed_linear(self, x: Tensor, w: PackedMatrix) -> Tensor:
-        return reference.linear(x, w)
+    def linear(self, x: Tensor, w: Tensor | PackedMatrix) -> Tensor:
+        return reference.linear(x, w) if isinstance(w, PackedMatrix) else typed_linear(x, w)
+
+    def linear_bytes(self, w: Tensor | PackedMatrix) -> int:
+        """A packed matrix is made dense, and its activations are."""
+        return 4 * w.rows * w.cols if isinstance(w, PackedMatrix) else 0
 
     def loop(self, token, pos, logits, filled) -> ReferenceLoop:
         return ReferenceLoop(token, pos, logits, filled)

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from d3rt.config import DecoderConfig
-from d3rt.kernels import reference
+from d3rt.kernels import kv_line, reference
 from d3rt.kernels.packing import PackedMatrix
 from d3rt.kernels.reference import FillLayer, rms_norm, rotate
 from d3rt.kv_cache import KVCache
@@ -50,6 +50,9 @@ class LayerWeights:
         """The named weights that exist; all of them when none is named."""
         values = (getattr(self, name) for name in names or self.__dataclass_fields__)
         return [value for value in values if value is not None]
+
+    def matrices(self) -> list[Matrix]:
+        return self.parts("wq", "wk", "wv", "wo", "w_gate", "w_up", "w_down")
 
     @property
     def kv_bytes(self) -> int:
@@ -119,11 +122,11 @@ class StepBuffers:
 class Decoder:
     """A Llama-like decoder over the fused ops of d3rt.kernels.reference."""
 
-    def __init__(self, config: DecoderConfig, weights: DecoderWeights, packed_linear=reference.linear):
-        """packed_linear(x [T, K], PackedMatrix [N, K]) -> [T, N]: how the prefill multiplies a packed matrix."""
+    def __init__(self, config: DecoderConfig, weights: DecoderWeights, linear=reference.linear):
+        """linear(x [T, K], w [N, K]) -> [T, N] float32: how the prefill multiplies (backends/base.py)."""
         self.config = config
         self.weights = weights
-        self._packed_linear = packed_linear
+        self._product = linear
 
     def decode_step(self, ops, plan: Plan, buf: StepBuffers) -> None:
         """One decode step: the token in buf.token at buf.pos through the sublayers that `plan` runs, to buf.logits.
@@ -220,8 +223,10 @@ class Decoder:
                 at = 0
                 for row, start, stop in pieces:
                     part = slice(at, at + stop - start)
-                    cache.k[layer, row, :, start:stop] = k[part].transpose(0, 1)
-                    cache.v[layer, row, :, start:stop] = v[part].transpose(0, 1)
+                    for kept, made in ((cache.k, k), (cache.v, v)):
+                        kept[layer, row, :, start:stop] = kv_line.kept_as(
+                            made[part].transpose(0, 1), kept.dtype
+                        )
                     attended[part] = self._attend(q[part], cache, layer, row, start, stop)
                     at += stop - start
                 x = x + self._linear(attended.flatten(1), lw.wo, lw.bo)
@@ -236,19 +241,22 @@ class Decoder:
                 buf.x[row] = x[at - 1]
 
     def _linear(self, x: Tensor, w: Matrix, bias: Tensor | None) -> Tensor:
-        """x [T, K] float32 through w [N, K] in w's dtype; bias and result in float32, as the residual stream is."""
-        if isinstance(w, PackedMatrix):
-            out = self._packed_linear(x, w)
-        else:
-            out = F.linear(x.to(w.dtype), w).float()
+        """x [T, K] float32 through w [N, K]; bias and result in float32, as the residual stream is."""
+        out = self._product(x, w)
         return out if bias is None else out + bias
 
     def _attend(self, q: Tensor, cache: KVCache, layer: int, row: int, start: int, stop: int) -> Tensor:
-        """Causal attention of queries [T, H, d] at positions start .. stop - 1 over the row's cache; float32 out."""
+        """Causal attention of queries [T, H, d] at positions start .. stop - 1 over the row's cache; float32 out.
+
+        Of an int8 cache it takes what the lines stand for, as the decode steps do, the chunk's own included: so the
+        answer does not depend on how a prompt was cut.
+        """
         window = self.config.sliding_windows[layer]
         first = max(0, start + 1 - window) if window else 0
-        keys = cache.k[layer, row, :, first:stop].unsqueeze(0)  # [1, G, T', d]
-        values = cache.v[layer, row, :, first:stop].unsqueeze(0)
+        lines = (kept[layer, row, :, first:stop].unsqueeze(0) for kept in (cache.k, cache.v))
+        keys, values = (
+            kv_line.decode(line) if line.dtype == torch.int8 else line for line in lines
+        )  # [1, G, T', d]
         mask = None
         if start > 0 or (window and stop - first > window):
             distance = torch.arange(start, stop)[:, None] - torch.arange(first, stop)[None, :]

@@ -277,7 +277,11 @@ def test_warmup_refuses_more_rows_than_there_are(fast):
         (dict(dtype=5), UnsupportedOptionError, "dtype=5"),
         (dict(weights="int3"), UnsupportedOptionError, "weights='int3': choose one of .*int8, int4"),
         (dict(lm_head="q6"), UnsupportedOptionError, "lm_head='q6'"),
-        (dict(kv_cache_dtype="int4"), UnsupportedOptionError, "kv_cache_dtype='int4'"),
+        (
+            dict(kv_cache_dtype="int4"),
+            UnsupportedOptionError,
+            "kv_cache_dtype='int4': choose one of float32.*fp16, int8\\.$",
+        ),
         (dict(batch_size=0), ValueError, "batch_size=0: it must be a whole number of at least 1"),
         (dict(batch_size=17), ValueError, "batch_size=17: at most 16 rows decode together; split the batch"),
         (dict(batch_size=True), ValueError, "batch_size=True"),

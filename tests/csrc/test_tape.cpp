@@ -297,6 +297,17 @@ TEST(arena, "scratch grows to the largest op and never shrinks") {
   CHECK_EQ(arena.scratch_bytes(), int64_t{44});
 }
 
+TEST(isa, "kernels that do nothing are found by name and chosen by nobody") {
+  CHECK_EQ(std::string(cpu::kernels_for("empty").isa), std::string("empty"));
+  for (const std::string& isa : cpu::available_isas()) CHECK(isa != "empty");
+  Calls calls;
+  Tape tape(one_thread(), calls.memory.arena, cpu::kernels_for("empty"));
+  tape.record(calls.proj_add());
+  const float before = calls.x.ptr<float>()[0];
+  tape.replay();
+  CHECK_EQ(calls.x.ptr<float>()[0], before);
+}
+
 TEST(isa, "each is found by name, an unknown one is refused with the list") {
   const std::vector<std::string> names = cpu::available_isas();
   CHECK_EQ(names.front(), "scalar");

@@ -3,14 +3,15 @@
 import pytest
 import torch
 
-from d3rt.kernels import cases
+from d3rt.kernels import cases, kv_line
 
-TESTED = [case for op in cases.OPS for case in cases.TEST_CASES[op]]
+TESTED = [case for op in cases.OPS for case in (*cases.TEST_CASES[op], *cases.INT8_CACHE_CASES.get(op, ()))]
 
 
 def test_every_op_has_cases_in_both_tables_under_names_of_their_own():
-    for table in (cases.TEST_CASES, cases.TIMED_CASES):
-        assert set(table) == set(cases.OPS)
+    for table in (cases.TEST_CASES, cases.TIMED_CASES, cases.INT8_CACHE_CASES):
+        touching_cache = {"norm_qkv_rope", "attention", "kv_fill"}
+        assert set(table) == (touching_cache if table is cases.INT8_CACHE_CASES else set(cases.OPS))
         names = [str(case) for listed in table.values() for case in listed]
         assert len(set(names)) == len(names)
         assert all(case.op == op for op, listed in table.items() for case in listed)
@@ -21,6 +22,8 @@ def test_the_awkward_sizes_are_there():
     assert {case.H // case.G for case in attention} >= {1, 3, 9, 16}
     assert {case.d for case in attention} >= {2, 6, 64, 80, 128}
     assert {0, 1} <= {case.window for case in attention}
+    int8 = [case for listed in cases.INT8_CACHE_CASES.values() for case in listed]
+    assert all(case.int8_cache for case in int8) and {case.d for case in int8} >= {1, 2, 6, 7, 67, 128}
     for op in ("norm_qkv_rope", "proj_add", "norm_gate_up", "kv_fill", "norm_logits"):
         listed = cases.TEST_CASES[op]
         inputs = [case.K or case.D for case in listed]
@@ -44,9 +47,9 @@ def test_bytes_moved_counts_every_tensor_once(case):
             expected += case.B * case.d // 2 * size
         elif name.endswith("_cache") and case.op == "attention":
             lines = sum(min(p + 1, case.window or p + 1) for p in case.pos)
-            expected += lines * case.G * case.d * size
+            expected += lines * case.G * tensor.shape[-1] * size
         elif name.endswith("_cache"):
-            expected += case.B * case.G * case.d * size
+            expected += case.B * case.G * tensor.shape[-1] * size
         else:
             twice = case.op == "proj_add" and name == "x"  # read and written
             expected += tensor.numel() * size * (1 + twice)
@@ -68,6 +71,15 @@ def test_the_same_seed_makes_the_same_tensors():
         assert all(torch.equal(a.nan_to_num(), b.nan_to_num()) for (_, a), (_, b) in pairs)
         pairs = zip(cases.tensors(first), cases.tensors(other), strict=True)
         assert any(not torch.equal(a.nan_to_num(), b.nan_to_num()) for (_, a), (_, b) in pairs)
+
+
+def test_an_int8_cache_holds_nan_where_nothing_may_be_read():
+    sizes = dict(B=2, H=2, G=1, d=7, S=9, pos=(5, 8), window=3, int8_cache=True)
+    arguments = cases.make(cases.Case("attention", "direct", torch.float32, **sizes))
+    for name in ("k_cache", "v_cache"):
+        assert arguments[name].shape == (2, 1, 9, 11) and arguments[name].dtype == torch.int8
+        readable = kv_line.decode(arguments[name]).isfinite().all(-1)[:, 0]
+        assert readable.nonzero().tolist() == [[0, 3], [0, 4], [0, 5], [1, 6], [1, 7], [1, 8]]
 
 
 def test_a_case_whose_positions_do_not_fit_is_refused():

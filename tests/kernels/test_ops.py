@@ -5,9 +5,9 @@ import pytest
 import torch
 from native_ops import ISAS
 
-from d3rt.kernels import cases, reference
+from d3rt.kernels import cases, kv_line, reference
 
-ALL = [case for op in cases.OPS for case in cases.TEST_CASES[op]]
+ALL = [case for op in cases.OPS for case in (*cases.TEST_CASES[op], *cases.INT8_CACHE_CASES.get(op, ()))]
 SOME = [case for case in ALL if case.name in ("gqa3", "gqa16", "odd", "triple", "three_layers", "full_batch")]
 each_case = pytest.mark.parametrize("case", ALL, ids=str)
 each_isa = pytest.mark.parametrize("isa", ISAS)
@@ -94,7 +94,7 @@ def test_silu_is_right_from_minus_100_to_100_and_keeps_nan(isa, dtype):
 
 def attend(isa, k_cache, v_cache, pos, window=0, q=None, scale=1.0, threads=2):
     """Native attention of 4 query heads."""
-    batch, _, _, head_dim = k_cache.shape
+    batch, _, _, head_dim = kv_line.read(k_cache).shape
     q = torch.ones(batch, 4, head_dim) if q is None else q
     arguments = {
         "out": torch.zeros_like(q),
@@ -111,13 +111,14 @@ def attend(isa, k_cache, v_cache, pos, window=0, q=None, scale=1.0, threads=2):
 
 
 @each_isa
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8], ids=str)
 @pytest.mark.parametrize("which", ["k", "v"])
 def test_nan_in_the_cache_shows_if_and_only_if_it_is_read(isa, dtype, which):
     last, window = 100, 90
     for position in (0, 10, 11, 63, 64, 99, 100, 101, 129):
-        cache = {name: torch.randn(1, 2, 130, 10).to(dtype) for name in "kv"}
-        cache[which][0, 1, position] = torch.nan
+        values = {name: torch.randn(1, 2, 130, 10) for name in "kv"}
+        values[which][0, 1, position] = torch.nan
+        cache = {name: kv_line.kept_as(value, dtype) for name, value in values.items()}
         out = attend(isa, cache["k"], cache["v"], [last], window)
         read = last + 1 - window <= position <= last
         assert out[0, :2].isfinite().all(), "the other key-value head"
@@ -152,9 +153,10 @@ def test_softmax_of_equal_scores_is_the_mean(isa):
 
 
 @each_isa
+@pytest.mark.parametrize("int8_cache", [False, True], ids=["", "int8_cache"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_kv_fill_writes_the_same_bits_as_norm_qkv_rope(isa, dtype):
-    sizes = dict(B=3, D=67, G=2, d=10, S=20, pos=(19, 0, 7), bias=True, head_norm=True)
+def test_kv_fill_writes_the_same_bits_as_norm_qkv_rope(isa, dtype, int8_cache):
+    sizes = dict(B=3, D=67, G=2, d=10, S=20, pos=(19, 0, 7), bias=True, head_norm=True, int8_cache=int8_cache)
     fill = cases.Case("kv_fill", "direct", dtype, layers=4, **sizes)
     arguments = cases.make(fill)
     native_ops.run_native(fill, arguments, isa)
@@ -165,21 +167,91 @@ def test_kv_fill_writes_the_same_bits_as_norm_qkv_rope(isa, dtype):
         of_layer |= {name: arguments[name] for name in ("x", "cos", "sin", "pos")}
         native_ops.run_native(qkv, of_layer, isa)
         for name in ("k_cache", "v_cache"):
-            written = getattr(filled, name)
-            assert torch.equal(written.nan_to_num(-7.0), of_layer[name].nan_to_num(-7.0)), name
+            bits, same = (native_ops.storage_bits(cache) for cache in (getattr(filled, name), of_layer[name]))
+            assert torch.equal(bits, same), name
 
 
 @each_isa
-def test_ops_read_the_cache_of_some_slots_out_of_a_larger_one(isa):
+@pytest.mark.parametrize("int8_cache", [False, True], ids=["", "int8_cache"])
+def test_ops_read_the_cache_of_some_slots_out_of_a_larger_one(isa, int8_cache):
     """A runtime for 4 rows that generates 2 gives views into the middle of its cache."""
-    case = cases.Case("attention", "strided", torch.float32, B=2, H=4, G=2, d=6, S=90, pos=(80, 3))
+    sizes = dict(B=2, H=4, G=2, d=6, S=90, pos=(80, 3), int8_cache=int8_cache)
+    case = cases.Case("attention", "strided", torch.float32, **sizes)
     arguments = cases.make(case)
     for name in ("k_cache", "v_cache"):
         larger = torch.full((4, 2, 100, 6), torch.nan)
+        if int8_cache:
+            larger = torch.full((4, 2, 100, 10), kv_line.POISON, dtype=torch.int8)
         larger[1:3, :, :90] = arguments[name]
         arguments[name] = larger[1:3, :, :90]
     native_ops.run_native(case, arguments, isa)
     native_ops.assert_close(case, cases.outputs(case, arguments))
+
+
+WRITES_INT8 = [case for op in ("norm_qkv_rope", "kv_fill") for case in cases.INT8_CACHE_CASES[op]]
+
+
+def int8_lines(case, arguments):
+    """Codes (whole numbers) and scales of every cache line that the op wrote."""
+    for name, tensor in cases.tensors(arguments):
+        if name.endswith("_cache"):
+            codes, scales = kv_line.parts(tensor[cases.owned(case, name)])
+            yield name, codes.int(), scales
+
+
+@pytest.mark.parametrize("case", WRITES_INT8, ids=str)
+@each_isa
+def test_int8_lines_are_the_references_but_where_a_value_lies_between_two_codes(case, isa):
+    """K and V themselves differ from the reference's by float32's roundings (native_ops.bounds), so a value that lies
+    that near to the middle between two codes may get either. No code may be further away, and few may differ."""
+    native, right = cases.make(case), cases.make(case)
+    native_ops.run_native(case, native, isa)
+    cases.call(reference, case, right)
+    different, count = 0, 0
+    for (name, codes, scales), (_, expected, right_scales) in zip(
+        int8_lines(case, native), int8_lines(case, right), strict=True
+    ):
+        torch.testing.assert_close(scales, right_scales, rtol=1e-4, atol=0)
+        assert (codes - expected).abs().max() <= 1, name
+        assert (codes.abs().amax(-1) == 127).all(), "the largest value of a line has the largest code"
+        different, count = different + int((codes != expected).sum()), count + codes.numel()
+    assert different <= max(1, 0.01 * count)
+
+
+@each_isa
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_what_is_not_finite_makes_the_scale_of_an_int8_line_nan(isa, bad):
+    case = cases.Case(
+        *("norm_qkv_rope", "direct", torch.float32),
+        **dict(B=2, D=8, H=1, G=2, d=6, S=3, pos=(1, 1), bias=True, int8_cache=True),
+    )
+    arguments = cases.make(case)
+    arguments["bv"][7] = bad  # of V's head 1
+    native_ops.run_native(case, arguments, isa)
+    (_, _, k_scales), (_, codes, scales) = int8_lines(case, arguments)
+    assert k_scales.isfinite().all() and scales[:, 0].isfinite().all()
+    assert scales[:, 1].isnan().all() and not codes[:, 1].any()
+    expected = cases.make(case)
+    expected["bv"][7] = bad
+    cases.call(reference, case, expected)
+    assert cases.outputs(case, expected)["v_cache"][:, 1].isnan().all()
+
+
+@each_isa
+@pytest.mark.parametrize("size", [0.0, 1e-38, 1e-30, 1e30])
+def test_int8_lines_hold_values_of_any_size(isa, size):
+    case = cases.Case(
+        *("kv_fill", "direct", torch.float32),
+        **dict(D=8, G=1, d=6, S=1, pos=(0,), layers=1, bias=True, int8_cache=True),
+    )
+    arguments = cases.make(case)
+    (layer,) = arguments["layers"]
+    layer.wv.zero_()
+    layer.bv.copy_(size * torch.tensor([1.0, -1.0, 0.5, -0.25, 0.0, 0.75]))
+    native_ops.run_native(case, arguments, isa)
+    written = cases.outputs(case, arguments)["layers[0].v_cache"][0, 0]
+    # Half a step, and what is too small for a scale of its own is 0.
+    assert ((written - layer.bv).abs() <= size / 127 * 0.501 + 1e-36 * (size < 1e-36)).all()
 
 
 @each_isa

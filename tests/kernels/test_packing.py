@@ -10,6 +10,7 @@ from native_ops import ISAS
 from packed_cases import CASES, RANGES, WIDTHS, outputs, packed_arguments, parts, random_packed
 
 from d3rt import _C
+from d3rt.backends.cpu import PACKED_TOKENS, CpuBackend, gemm_dtypes
 from d3rt.kernels import cases, reference
 from d3rt.kernels.cases import Case
 from d3rt.kernels.packing import FORMATS, GROUP, pack, pack_codes, quantise_activations
@@ -111,6 +112,66 @@ def test_the_prefill_product_equals_the_reference(tokens, isa, format):
     _C.linear(native_ops.pool(2), out, x, w, isa)
     expected = reference.linear(x, w)
     assert ((out - expected).abs() <= 64 * EPS * expected.abs().max()).all()
+
+
+@each_format
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_unpacking_gives_the_very_floats(dtype, isa, format):
+    w = random_packed(70, 96, format)
+    out = torch.full((70, 96), torch.nan, dtype=dtype)
+    _C.unpack(native_ops.pool(3), out, w, isa)
+    assert torch.equal(out, w.dequantize(dtype))
+
+
+def test_unpacking_into_another_shape_or_dtype_is_refused():
+    w = random_packed(70, 96, "int8")
+    with pytest.raises(
+        ValueError, match=r"unpack: out is float32 \[71, 96\], but must be float32 \[70, 96\]"
+    ):
+        _C.unpack(native_ops.pool(1), torch.empty(71, 96), w)
+    with pytest.raises(ValueError, match="unpack: out must be float32 or bfloat16"):
+        _C.unpack(native_ops.pool(1), torch.empty(70, 96, dtype=torch.float16), w)
+
+
+@each_format
+@pytest.mark.parametrize("native_bfloat16", [False, True])
+def test_long_prompts_meet_the_unpacked_matrix(native_bfloat16, format):
+    """In float32 the product is exact up to rounding; in bfloat16 both factors are rounded to 2^-9 of themselves."""
+    backend = CpuBackend()
+    backend._unpacked_dtype = torch.bfloat16 if native_bfloat16 else torch.float32
+    w, x = random_packed(70, 96, format), torch.randn(PACKED_TOKENS + 1, 96)
+    dense = w.dequantize()
+    expected, terms = x @ dense.T, x.abs() @ dense.abs().T
+    allowed = terms * (2.0**-8 + 2.0**-9 if native_bfloat16 else 96 * EPS)
+    assert ((backend.linear(x, w) - expected).abs() <= allowed).all()
+    assert backend.linear_bytes(w) == 70 * 96 * (2 if native_bfloat16 else 4)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_16_bit_products_are_exact_where_the_processor_has_none(dtype):
+    """They are then float32 products of the same weights: only the order of sums may differ."""
+    backend = CpuBackend()
+    backend._gemm_dtypes = {torch.float32}
+    w, x = torch.randn(70, 96).to(dtype), torch.randn(5, 96)
+    expected, terms = x @ w.float().T, x.abs() @ w.float().abs().T
+    assert ((backend.linear(x, w) - expected).abs() <= 96 * EPS * terms).all()
+    assert backend.linear_bytes(w) == 4 * w.numel()
+
+
+@pytest.mark.parametrize(
+    ("flags", "dtypes"),
+    [
+        ("flags\t\t: fpu avx2 fma", set()),
+        ("flags\t\t: avx512f avx512_bf16", {torch.bfloat16}),
+        ("Features\t: fp asimd asimdhp bf16", {torch.bfloat16, torch.float16}),
+        ("", set()),
+    ],
+)
+def test_what_the_processor_multiplies_is_read_off_its_flags(tmp_path, flags, dtypes):
+    (tmp_path / "cpuinfo").write_text(f"processor\t: 0\n{flags}\n")
+    assert gemm_dtypes(str(tmp_path / "cpuinfo")) == {torch.float32} | dtypes
+    assert gemm_dtypes(str(tmp_path / "absent")) == {torch.float32}
 
 
 def test_a_packed_matrix_of_the_wrong_size_is_refused_by_name():

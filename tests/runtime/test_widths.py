@@ -75,6 +75,13 @@ def test_four_bits_keep_the_head_at_eight_and_the_cache_at_sixteen(model):
     assert fast._decoder.weights.lm_head.format == "int8" and fast._cache.k.dtype == torch.bfloat16
 
 
+def test_the_cache_alone_may_be_int8(model):
+    fast = d3rt.compile(model, kv_cache_dtype="int8")
+    assert fast._decoder.weights.layers[0].wq.dtype == torch.float32
+    assert fast._cache.k.dtype == fast.dtype == torch.int8 and fast._cache.k.shape[-1] == 16 + 4
+    assert "float32 (lm_head float32, K,V int8)" in repr(fast)
+
+
 def test_float16_is_shared_with_the_model_and_close_to_it(model):
     import copy
 
@@ -95,7 +102,9 @@ def test_wrong_widths_are_named_with_the_choices(model):
         d3rt.compile(model, weights="int3")
     with pytest.raises(d3rt.UnsupportedOptionError, match="dtype='int8'.*weights='int8'"):
         d3rt.compile(model, dtype="int8")
-    with pytest.raises(d3rt.UnsupportedOptionError, match="kv_cache_dtype='int4'"):
+    with pytest.raises(
+        d3rt.UnsupportedOptionError, match="kv_cache_dtype='int4': choose one of float32.*int8"
+    ):
         d3rt.compile(model, kv_cache_dtype="int4")
 
 

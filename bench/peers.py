@@ -1,0 +1,503 @@
+"""d3rt beside the engines that a CPU user would pick, in one run: decode and prefill at every weight width.
+
+    python bench/peers.py --model smollm2 --json out/bench/peers.json
+    python bench/peers.py --model 1b --engines d3rt,transformers,llama.cpp --widths fp32,16bit
+    python bench/peers.py --peer-python path/to/python     # the peers' packages may live in an environment of their own
+
+Each engine loads the same weights in a process of its own and then waits. The processes are asked in turn, round after
+round (A B C A B C ...), so that all of them meet the same minutes of the machine; ratios are taken within a round. The
+bandwidth is read in the same rounds. Peers that are not installed are named and left out.
+
+What each engine runs is in ENGINES, below: which of its own formats stands for a width, and what is timed. Everyone
+gets the same token ids, the same number of threads, greedy choice, no end of sequence, batch 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import importlib.util
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+WIDTHS = ("fp32", "16bit", "8bit", "4bit")
+MODELS = ("smollm2", "1b")
+# engine -> width -> its own name for what it runs there
+ENGINES = {
+    "d3rt": {"fp32": "float32", "16bit": "bfloat16", "8bit": "int8", "4bit": "int4"},
+    "transformers": {"fp32": "float32", "16bit": "bfloat16"},
+    "llama.cpp": {"fp32": "F32", "16bit": "BF16", "8bit": "Q8_0", "4bit": "Q4_0"},
+    "llama.cpp f16": {"16bit": "F16"},
+    "onnxruntime-genai": {"fp32": "fp32", "4bit": "int4"},
+}
+NEEDS = {
+    "d3rt": "d3rt",
+    "transformers": "transformers",
+    "llama.cpp": "llama_cpp",
+    "llama.cpp f16": "llama_cpp",
+    "onnxruntime-genai": "onnxruntime_genai",
+}
+# llama.cpp's file types (llama.h: enum llama_ftype).
+GGUF_TYPES = {"F32": 0, "F16": 1, "Q4_0": 2, "Q8_0": 7, "BF16": 32}
+
+
+# -- the weights, once on disk in every engine's format --------------------------------------------------------------
+
+
+def hugging_face_folder(model: str, work: Path) -> Path:
+    """The model as a float32 Hugging Face folder: SmolLM2-135M, or Llama-3.2-1B's shape with random weights."""
+    folder = work / model / "hf"
+    if (folder / "config.json").is_file():
+        return folder
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    import d3rt
+
+    if model == "smollm2":
+        made, tokenizer = d3rt.demo_model()
+        tokenizer.save_pretrained(folder)
+    else:
+        torch.manual_seed(0)
+        made = LlamaForCausalLM(
+            LlamaConfig(
+                hidden_size=2048,
+                num_hidden_layers=16,
+                intermediate_size=8192,
+                num_attention_heads=32,
+                num_key_value_heads=8,
+                vocab_size=32000,
+                max_position_embeddings=8192,
+                tie_word_embeddings=True,
+            )
+        )
+        d3rt.demo_model()[1].save_pretrained(folder)  # some engines refuse to load without one
+    made.save_pretrained(folder)
+    return folder
+
+
+def gguf_file(hf: Path, kind: str) -> Path:
+    """The same weights as a GGUF file: float32 written here, anything else by llama.cpp's own quantiser."""
+    path = hf.parent / f"{kind}.gguf"
+    if path.is_file():
+        return path
+    if kind == "F32":
+        write_gguf(hf, path)
+        return path
+    import llama_cpp
+
+    options = llama_cpp.llama_model_quantize_default_params()
+    options.ftype = GGUF_TYPES[kind]
+    source = str(gguf_file(hf, "F32")).encode()
+    if llama_cpp.llama_model_quantize(source, str(path).encode(), options) != 0:
+        raise SystemExit(f"llama.cpp could not quantise {source.decode()} to {kind}")
+    return path
+
+
+def write_gguf(hf: Path, path: Path) -> None:
+    """A Llama folder as float32 GGUF, without a vocabulary: everyone is given token ids."""
+    import gguf
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(hf, dtype=torch.float32)
+    config = model.config
+    writer = gguf.GGUFWriter(path.with_suffix(".part"), "llama")
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_dimension_count(config.hidden_size // config.num_attention_heads)
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_tokenizer_model("no_vocab")
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
+    for name, tensor in model.state_dict().items():
+        if name == "lm_head.weight" and config.tie_word_embeddings:
+            continue
+        for part, heads in (
+            (".q_proj.", config.num_attention_heads),
+            (".k_proj.", config.num_key_value_heads),
+        ):
+            if part in name:  # Hugging Face's two halves of a head to llama.cpp's neighbouring pairs
+                rows, cols = tensor.shape
+                tensor = tensor.view(heads, 2, rows // heads // 2, cols).transpose(1, 2).reshape(rows, cols)
+        writer.add_tensor(names.get_name(name, (".weight",)), tensor.contiguous().numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    path.with_suffix(".part").rename(path)
+
+
+def onnx_folder(hf: Path, kind: str) -> Path:
+    """The same weights as ONNX Runtime GenAI's own model builder makes them."""
+    folder = hf.parent / f"onnx-{kind}"
+    if not (folder / "genai_config.json").is_file():
+        command = [
+            sys.executable,
+            "-m",
+            "onnxruntime_genai.models.builder",
+            "-i",
+            hf,
+            "-o",
+            folder,
+            "-p",
+            kind,
+        ]
+        # accuracy level 4: int8 activations, its fastest on CPUs
+        extra = ["--extra_options", "int4_accuracy_level=4"] if kind == "int4" else []
+        subprocess.run(
+            [*map(str, command), "-e", "cpu", "-c", str(hf.parent / "onnx-cache"), *extra],
+            check=True,
+            stdout=subprocess.DEVNULL,
+        )
+    return folder
+
+
+# -- one engine in its process ---------------------------------------------------------------------------------------
+
+# prompt, number of new tokens -> seconds of the prefill, seconds of the decode steps
+Run = Callable[[list[int], int], tuple[float, float]]
+
+
+def load_d3rt(hf: Path, kind: str, threads: int, context: int) -> tuple[Run, dict]:
+    import torch
+
+    import d3rt
+    from d3rt import bench
+
+    torch.set_num_threads(threads)
+    runtime = d3rt.compile(hf, weights=kind, threads=threads, max_seq_len=context)
+    runtime.generation_config.eos_token_id = None
+    runtime.generation_config.pad_token_id = 0
+
+    def run(prompt: list[int], new_tokens: int) -> tuple[float, float]:
+        ids = torch.tensor([prompt])
+        begin = time.perf_counter()
+        runtime.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=new_tokens, do_sample=False)
+        seconds = time.perf_counter() - begin
+        prefill = runtime.last_run.prefill_seconds
+        facts["bytes_per_token"] = bench.bytes_per_token(runtime.last_run) if new_tokens > 1 else 0
+        return prefill, seconds - prefill
+
+    facts = {"version": d3rt.__version__, "runs": runtime.backend.describe()["runs"]}
+    return run, facts
+
+
+def load_transformers(hf: Path, kind: str, threads: int, context: int) -> tuple[Run, dict]:
+    import torch
+    import transformers
+    from transformers.generation.streamers import BaseStreamer
+
+    torch.set_num_threads(threads)
+    model = transformers.AutoModelForCausalLM.from_pretrained(hf, dtype=getattr(torch, kind)).eval()
+    model.generation_config.eos_token_id = None
+    model.generation_config.pad_token_id = 0
+
+    class Clock(BaseStreamer):
+        def __init__(self):
+            self.times = []
+
+        def put(self, value):
+            self.times.append(time.perf_counter())
+
+        def end(self):
+            pass
+
+    def run(prompt: list[int], new_tokens: int) -> tuple[float, float]:
+        ids, clock = torch.tensor([prompt]), Clock()
+        model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=new_tokens,
+            do_sample=False,
+            streamer=clock,
+        )
+        return clock.times[1] - clock.times[0], clock.times[-1] - clock.times[1]
+
+    return run, {"version": transformers.__version__, "runs": f"torch {torch.__version__}"}
+
+
+def load_llama_cpp(hf: Path, kind: str, threads: int, context: int) -> tuple[Run, dict]:
+    import ctypes
+
+    import llama_cpp
+    import numpy as np
+
+    quiet = llama_cpp.llama_log_callback(lambda level, text, data: None)
+    llama_cpp.llama_log_set(quiet, ctypes.c_void_p())
+    options = llama_cpp.llama_model_default_params()
+    model = llama_cpp.llama_model_load_from_file(str(gguf_file(hf, kind)).encode(), options)
+    options = llama_cpp.llama_context_default_params()
+    options.n_ctx = context
+    options.n_batch = options.n_ubatch = 512
+    options.n_threads = options.n_threads_batch = threads
+    made = llama_cpp.llama_init_from_model(model, options)
+    vocab_size = json.loads((hf / "config.json").read_text())["vocab_size"]
+
+    def step(tokens: list[int]) -> int:
+        held = (llama_cpp.llama_token * len(tokens))(*tokens)  # the batch only points there
+        if llama_cpp.llama_decode(made, llama_cpp.llama_batch_get_one(held, len(tokens))) != 0:
+            raise RuntimeError("llama_decode failed")
+        # its samplers ask the vocabulary, which the file has not; numpy's argmax takes some 10 us
+        logits = llama_cpp.llama_get_logits_ith(made, -1)
+        return int(np.ctypeslib.as_array(logits, shape=(vocab_size,)).argmax())
+
+    def run(prompt: list[int], new_tokens: int) -> tuple[float, float]:
+        llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(made), True)
+        begin = time.perf_counter()
+        token = step(prompt)
+        prefilled = time.perf_counter()
+        for _ in range(new_tokens - 1):
+            token = step([token])
+        return prefilled - begin, time.perf_counter() - prefilled
+
+    run.keeps = quiet  # the callback must outlive the calls
+    return run, {
+        "version": llama_cpp.__version__,
+        "runs": llama_cpp.llama_print_system_info().decode(),
+    }
+
+
+def load_onnx(hf: Path, kind: str, threads: int, context: int) -> tuple[Run, dict]:
+    import onnxruntime_genai as og
+
+    config = og.Config(str(onnx_folder(hf, kind)))
+    config.overlay(json.dumps({"model": {"decoder": {"session_options": {"intra_op_num_threads": threads}}}}))
+    model = og.Model(config)
+
+    def run(prompt: list[int], new_tokens: int) -> tuple[float, float]:
+        params = og.GeneratorParams(model)
+        length = len(prompt) + new_tokens
+        params.set_search_options(min_length=length, max_length=length, do_sample=False)
+        generator = og.Generator(model, params)
+        begin = time.perf_counter()
+        generator.append_tokens([prompt])
+        generator.generate_next_token()
+        prefilled = time.perf_counter()
+        for _ in range(new_tokens - 1):
+            generator.generate_next_token()
+        return prefilled - begin, time.perf_counter() - prefilled
+
+    return run, {"version": og.__version__, "runs": "cpu"}
+
+
+LOADERS = {
+    "d3rt": load_d3rt,
+    "transformers": load_transformers,
+    "llama.cpp": load_llama_cpp,
+    "llama.cpp f16": load_llama_cpp,
+    "onnxruntime-genai": load_onnx,
+}
+
+
+def work(arguments: argparse.Namespace) -> None:
+    """A worker: loads, then answers each line [prompt tokens, new tokens] of stdin with a line of JSON."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # whatever a library prints goes to stderr
+    kind = ENGINES[arguments.worker][arguments.width]
+    run, facts = LOADERS[arguments.worker](Path(arguments.hf), kind, arguments.threads, arguments.context)
+    print(json.dumps(facts), file=answers, flush=True)
+    for line in sys.stdin:
+        prompt, new_tokens = json.loads(line)
+        # any ids do: nobody's speed depends on them
+        prefill, decode = run([7 * i % 30000 + 10 for i in range(prompt)], new_tokens)
+        answer = {"prefill_seconds": prefill, "decode_seconds": decode} | facts
+        print(json.dumps(answer), file=answers, flush=True)
+
+
+class Worker:
+    """An engine's process, seen from outside."""
+
+    def __init__(self, engine: str, width: str, hf: Path, arguments: argparse.Namespace):
+        python = arguments.peer_python if engine != "d3rt" and arguments.peer_python else sys.executable
+        self.engine = engine
+        self._process = subprocess.Popen(
+            [python, __file__, "--worker", engine, "--width", width, "--hf", str(hf)]
+            + ["--threads", str(arguments.threads), "--context", str(arguments.context)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=None if arguments.verbose else subprocess.DEVNULL,
+            text=True,
+            # No wait policy: OpenMP threads then spin for about a millisecond and sleep. "passive" would halve
+            # llama.cpp's speed, "active" would have those of an engine that waits take a core from the one that runs.
+            env={name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"},
+        )
+        self.facts = self._answer()
+
+    def _answer(self) -> dict:
+        line = self._process.stdout.readline()
+        if not line:
+            raise RuntimeError(f"{self.engine} ended with {self._process.wait()}; --verbose shows why")
+        return json.loads(line)
+
+    def run(self, prompt: int, new_tokens: int) -> dict:
+        print(json.dumps([prompt, new_tokens]), file=self._process.stdin, flush=True)
+        return self._answer()
+
+    def end(self) -> None:
+        self._process.stdin.close()
+        try:
+            self._process.wait(30)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+
+
+# -- the comparison --------------------------------------------------------------------------------------------------
+
+
+def installed(engine: str, peer_python: str | None) -> bool:
+    if engine == "d3rt" or not peer_python:
+        return importlib.util.find_spec(NEEDS[engine]) is not None
+    check = f"import importlib.util, sys; sys.exit(importlib.util.find_spec({NEEDS[engine]!r}) is None)"
+    return subprocess.run([peer_python, "-c", check]).returncode == 0
+
+
+def compare(width: str, engines: list[str], hf: Path, arguments: argparse.Namespace) -> dict:
+    """Every engine at one width: decode tokens/s and prefill tokens/s of every round, and the bandwidth in between."""
+    from rich.console import Console
+
+    from d3rt import bench
+
+    console = Console(stderr=True)
+    workers, results = [], {}
+    for engine in engines:
+        with console.status(f"{width}: loading {engine} ({ENGINES[engine][width]})"):
+            try:
+                workers.append(Worker(engine, width, hf, arguments))
+            except RuntimeError as error:
+                console.print(f"{width}: {error}")
+    bandwidth = bench.Bandwidth()
+    read = []
+    try:
+        for counted in range(-1, arguments.rounds):  # the first round warms everyone up
+            for worker in list(workers):
+                try:
+                    with console.status(
+                        f"{width}: round {counted + 1} of {arguments.rounds}, {worker.engine}"
+                    ):
+                        answer = worker.run(arguments.prompt, arguments.tokens)
+                        prefill = worker.run(arguments.prefill, 1)
+                except RuntimeError as error:  # a peer that crashes must not take the others' figures with it
+                    console.print(f"{width}: {error}")
+                    workers.remove(worker)
+                    results.pop(worker.engine, None)
+                    continue
+                if counted < 0:
+                    continue
+                of = results.setdefault(
+                    worker.engine,
+                    {"format": ENGINES[worker.engine][width], "decode": [], "prefill": []} | worker.facts,
+                )
+                of["decode"].append((arguments.tokens - 1) / answer["decode_seconds"])
+                of["prefill"].append(arguments.prefill / prefill["prefill_seconds"])
+                if "bytes_per_token" in answer:
+                    of["bytes_per_token"] = answer["bytes_per_token"]
+            if counted >= 0:
+                read.append(bandwidth())
+    finally:
+        for worker in workers:
+            worker.end()
+    return {"width": width, "bandwidth": read, "engines": results}
+
+
+def lines(result: dict) -> list[str]:
+    """One width's part of the table, as Markdown."""
+    ours = result["engines"].get("d3rt")
+    rows = []
+    for engine, of in result["engines"].items():
+        row = [result["width"], engine, of["format"]]
+        for what in ("decode", "prefill"):
+            row.append(f"{statistics.median(of[what]):.1f} ({min(of[what]):.0f}-{max(of[what]):.0f})")
+            if ours and engine != "d3rt":
+                ratios = [a / b for a, b in zip(ours[what], of[what], strict=True)]
+                row.append(f"{statistics.median(ratios):.2f}x ({min(ratios):.2f}-{max(ratios):.2f})")
+            else:
+                row.append("-")
+        share = "-"
+        if "bytes_per_token" in of:
+            reached = [speed * of["bytes_per_token"] / 1e9 for speed in of["decode"]]
+            shares = [a / b for a, b in zip(reached, result["bandwidth"], strict=True)]
+            share = (
+                f"{statistics.median(reached):.1f} of {statistics.median(result['bandwidth']):.1f} GB/s, "
+                f"{statistics.median(shares):.0%}"
+            )
+        rows.append(f"| {' | '.join([*row, share])} |")
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", choices=MODELS, default="smollm2")
+    parser.add_argument("--widths", default=",".join(WIDTHS), help="comma-separated (default: %(default)s)")
+    parser.add_argument("--engines", default=",".join(ENGINES), help="comma-separated (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--prompt", type=int, default=32, help="prompt tokens before the timed decode")
+    parser.add_argument("--tokens", type=int, default=128, help="new tokens of the timed decode")
+    parser.add_argument("--prefill", type=int, default=512, help="tokens of the timed prefill")
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--peer-python", help="the Python that has the peers' packages (default: this one)")
+    parser.add_argument("--work", type=Path, default=Path("out/peers"), help="where model files are kept")
+    parser.add_argument("--json", type=Path, help="write every round's figures there")
+    parser.add_argument("--verbose", action="store_true", help="show what the engines print")
+    for hidden in ("worker", "width", "hf"):
+        parser.add_argument(f"--{hidden}", help=argparse.SUPPRESS)
+    parser.add_argument("--context", type=int, default=1024, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.worker:
+        return work(arguments)
+    asked, widths = arguments.engines.split(","), arguments.widths.split(",")
+    for given, known in ((asked, ENGINES), (widths, WIDTHS)):
+        if unknown := set(given) - set(known):
+            parser.error(f"{', '.join(sorted(unknown))}: unknown; choose of {', '.join(known)}")
+    absent = [engine for engine in asked if not installed(engine, arguments.peer_python)]
+    if absent:
+        print(f"not installed, so left out: {', '.join(absent)}", file=sys.stderr)
+    hf = hugging_face_folder(arguments.model, arguments.work)
+
+    from d3rt import bench
+
+    print(f"{arguments.model}: prompt {arguments.prompt}, {arguments.tokens} new tokens, prefill of ", end="")
+    print(f"{arguments.prefill}, {arguments.threads} threads, {arguments.rounds} rounds; {bench.machine()}")
+    head = [
+        "width",
+        "engine",
+        "format",
+        "decode tok/s",
+        "d3rt is",
+        "prefill tok/s",
+        "d3rt is",
+        "weights and K,V read",
+    ]
+    print(f"| {' | '.join(head)} |\n|{' --- |' * len(head)}")
+    results = []
+    for width in widths:
+        engines = [engine for engine in asked if engine not in absent and width in ENGINES[engine]]
+        results.append(compare(width, engines, hf, arguments))
+        print("\n".join(lines(results[-1])), flush=True)
+        if arguments.json:  # after every width: what has been measured is kept
+            arguments.json.parent.mkdir(parents=True, exist_ok=True)
+            settings = {name: str(value) for name, value in vars(arguments).items() if value is not None}
+            whole = {
+                "settings": settings,
+                "machine": bench.machine(),
+                "bandwidth_probe": bench.BANDWIDTH_PROBE,
+            }
+            arguments.json.write_text(json.dumps(whole | {"results": results}, indent=1))
+
+
+if __name__ == "__main__":
+    main()
