@@ -162,17 +162,17 @@ def launches(job: Job) -> list:
     raise ValueError(f"no such job: {job}")
 
 
-def matrix(width: str, rows: int, inputs: int) -> torch.Tensor | PackedMatrix:
-    """A matrix without memory."""
+def matrix(width: str, rows: int, inputs: int, device: str = "meta") -> torch.Tensor | PackedMatrix:
+    """A matrix of anything: without memory, or on another device in memory that nobody has touched."""
     if width in FLOATS:
-        return torch.empty(rows, inputs, dtype=FLOATS[width], device="meta")
+        return torch.empty(rows, inputs, dtype=FLOATS[width], device=device)
     format, tiles, groups = width[:4], -(-rows // TILE_ROWS), inputs // GROUP
     words, kind = (8, torch.int8) if format == "int8" else (4, torch.uint8)
 
     def of_groups():
-        return torch.empty(tiles, groups, TILE_ROWS, dtype=torch.float16, device="meta")
+        return torch.empty(tiles, groups, TILE_ROWS, dtype=torch.float16, device=device)
 
-    data = torch.empty(tiles, groups, words, TILE_ROWS, 4, dtype=kind, device="meta")
+    data = torch.empty(tiles, groups, words, TILE_ROWS, 4, dtype=kind, device=device)
     return PackedMatrix(format, rows, inputs, data, of_groups(), of_groups() if "minima" in width else None)
 
 

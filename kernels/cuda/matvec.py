@@ -58,7 +58,7 @@ def matvec(
     if FORMAT == "plain":
         V: tl.constexpr = 128 // w.dtype.element_ty.primitive_bitwidth  # elements in 128 bits
         total = (tl.zeros((BN, BK // V), tl.float32),) * B
-        square = (tl.zeros((BK // V,), tl.float32),) * B
+        square = (tl.zeros((BK,), tl.float32),) * B
         lines = w + (tile * 16 + lane).to(tl.int64)[:, None] * LDW
         for step in range(first, last):
             k = step * BK + tl.arange(0, BK)
@@ -72,7 +72,7 @@ def matvec(
             for b in tl.static_range(B):
                 value = tl.load(x + b * K + k, mask=inside, other=0.0)
                 if norm is not None:
-                    new_square += (square[b] + tl.sum(tl.reshape(value * value, (BK // V, V)), 1),)
+                    new_square += (square[b] + value * value,)
                     value *= gain
                 # Summed in the thread that loaded it; across threads only after the last step.
                 product = tl.reshape(weights * value[None, :], (BN, BK // V, V))

@@ -69,6 +69,11 @@ def _put(
     B: tl.constexpr,
 ):
     mask = rows < N
+    before = ()
+    if ADD:
+        for b in tl.static_range(B):
+            before += (tl.load(out + b * N + rows, mask=mask, other=0.0),)
+        tl.debug_barrier()  # several threads may have read what one of them writes
     for b in tl.static_range(B):
         value = sums[b]
         if norm is not None:
@@ -76,7 +81,7 @@ def _put(
         if bias is not None:
             value += tl.load(bias + rows, mask=mask, other=0.0)
         if ADD:
-            value += tl.load(out + b * N + rows, mask=mask, other=0.0)
+            value += before[b]
         tl.store(out + b * N + rows, value, mask=mask)
 
 

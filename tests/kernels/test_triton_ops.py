@@ -18,14 +18,13 @@ from d3rt.backends.reference import choose
 from d3rt.errors import NotFiniteError
 from d3rt.kernels import cases, reference
 from d3rt.kernels.cases import Case
-from d3rt.kernels.packing import PackedMatrix
-from d3rt.kernels.reference import FillLayer
 from d3rt.sampling import SamplingParams
 
 pytest.importorskip("triton", reason="triton is not installed")
 pytestmark = pytest.mark.filterwarnings(
     "ignore:overflow encountered in exp"
 )  # numpy's; silu wants that infinity
+from triton_bounds import allowed, widened  # noqa: E402
 from triton_interpreter import Interpreted, interpreted  # noqa: E402
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -48,36 +47,6 @@ def run(case: Case, arguments: dict, arch: int = 80) -> None:
     assert not ops.eager.counters.any(), "counters must be 0 for the next launch"
 
 
-def rounded_attention(case: Case, arguments: dict) -> torch.Tensor:
-    """Attention by its definition in float64, but for q and the softmax's weights, which a tensor core wants in 16
-    bits."""
-    q, out = arguments["q"].to(case.dtype).double(), torch.zeros_like(arguments["q"]).double()
-    group = case.H // case.G
-    for slot, last in enumerate(case.pos):
-        first = max(0, last + 1 - case.window) if case.window else 0
-        k, v = (
-            arguments[name][slot, :, first : last + 1].double().repeat_interleave(group, dim=0)
-            for name in ("k_cache", "v_cache")
-        )
-        scores = torch.einsum("hd,htd->ht", q[slot], k) * arguments["scale"]
-        weights = torch.exp(scores - scores.amax(-1, keepdim=True))
-        sums = torch.einsum("ht,htd->hd", weights.to(case.dtype).double(), v)
-        out[slot] = sums / weights.sum(-1, keepdim=True)
-    return out
-
-
-def allowed(case: Case, arch: int) -> dict[str, torch.Tensor]:
-    """native_ops.bounds; on tensor cores twice the error that their rounding alone makes on the same numbers comes on
-    top, and one rounding of the largest value, where that is 0 by luck."""
-    bounds = native_ops.bounds(case)
-    if case.op != "attention" or arch < 80 or case.dtype == torch.float32:
-        return bounds
-    right = native_ops.exact(case)["out"]
-    error = (rounded_attention(case, cases.make(case)) - right).abs().max()
-    rounding = native_ops.ROUNDING[case.dtype] * right.abs().max()
-    return {"out": bounds["out"] + 2 * error + rounding}
-
-
 @pytest.mark.parametrize(
     "case, arch",
     [(case, arch) for case in ALL for arch in ARCHS if case.op == "attention" or arch == 80],
@@ -97,17 +66,6 @@ def test_does_what_the_reference_says_and_writes_nothing_else(case, arch):
 
 
 # -- int8 and int4 -----------------------------------------------------------------------------------------------------
-
-
-def widened(arguments: dict) -> dict:
-    """The arguments with float32 matrices in place of packed ones: what these kernels multiply by (weight-only)."""
-
-    def plain(value):
-        if isinstance(value, list):
-            return [FillLayer(*map(plain, layer)) for layer in value]
-        return value.dequantize() if isinstance(value, PackedMatrix) else value
-
-    return {name: plain(value) for name, value in arguments.items()}
 
 
 PACKED = [
