@@ -34,6 +34,7 @@ ROWS = 8  # sequences that are read side by side
 RESAMPLES = 10_000
 TABLE_WIDTH = 140  # columns, also where the output is no terminal
 BASE = "float32"
+FROM_DENSE = "int4, from dense float32"
 FROM_FILE = "int4, the file's own blocks"
 
 
@@ -51,7 +52,7 @@ WIDTHS = (
     Width("bfloat16", {"weights": "bfloat16"}),
     Width("float16", {"weights": "float16"}),
     Width("int8", {"weights": "int8"}),
-    Width("int4, from dense float32", {"weights": "int4"}),
+    Width(FROM_DENSE, {"weights": "int4"}),
     Width(FROM_FILE, {"weights": "int4"}, from_file=True),
     Width("float32, int8 K,V", {"weights": "float32", "kv_cache_dtype": "int8"}),
 )
@@ -148,8 +149,9 @@ def measure(report: Report, model: str | None, threads: int | None, ids: Callabl
             del runtime
     if is_gguf:
         report.notes.append(
-            f"{WIDTHS[4].name!r} quantises once more what the file holds in 4 bits already (its float32 weights are "
-            f"those blocks, widened), by max and rounding alone; {FROM_FILE!r} is the blocks as they are."
+            f"A GGUF file's float32 weights are its blocks, widened. Where those have 4 bits already, {FROM_DENSE!r} "
+            f"quantises for the second time: blocks of Q4_1 come out as they were, so it can be no worse than "
+            f"{FROM_FILE!r}, and says little of weights that never were quantised."
         )
     return report
 

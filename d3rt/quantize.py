@@ -8,7 +8,7 @@ model's own.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +19,9 @@ from d3rt.kernels.packing import FORMATS, GROUP, TILE_ROWS, PackedMatrix, pack
 
 Matrix = Tensor | PackedMatrix
 Width = str | torch.dtype  # a dtype, "int8" or "int4"
+Pack = Callable[
+    [Tensor, str], PackedMatrix
+]  # a matrix and the format: what d3rt.kernels.packing.pack makes of it
 
 DTYPES = {
     "float32": torch.float32,
@@ -96,17 +99,31 @@ class Widths:
         return f"{names[0]} (lm_head {names[1]}, K,V {names[2]})"
 
 
-def convert(name: str, weight: Matrix, width: Width) -> Matrix:
-    """The matrix `weight` [rows, cols] in this width: the very same where it has it already.
+def pack_in_slabs(weight: Tensor, format: str) -> PackedMatrix:
+    """`pack`, some tiles of rows at a time: the same bits, without float copies of the whole matrix."""
+    rows, cols = weight.shape
+    whole = empty_packed(format, rows, cols)
+    step = max(SLAB_VALUES // cols // TILE_ROWS, 1) * TILE_ROWS
+    for start in range(0, rows, step):
+        slab = pack(weight[start : start + step], format)
+        at = slice(start // TILE_ROWS, start // TILE_ROWS + len(slab.data))
+        for part, made in zip(tensors_of(whole), tensors_of(slab), strict=True):
+            part[at] = made
+    return whole
+
+
+def convert(name: str, weight: Matrix, width: Width, pack: Pack = pack_in_slabs) -> Matrix:
+    """The matrix `weight` [rows, cols] in this width: the very same where it has it already. A backend may `pack`
+    faster.
 
     UnsupportedModelError, with its name, for a matrix that cannot be packed.
     """
     if isinstance(weight, PackedMatrix):
-        return weight if weight.format == width else convert(name, weight.dequantize(), width)
+        return weight if weight.format == width else convert(name, weight.dequantize(), width, pack)
     if isinstance(width, torch.dtype):
         return weight.detach().to(width).contiguous()
     check_columns(name, weight.shape, width)
-    return _pack_in_slabs(weight.detach(), width)
+    return pack(weight.detach(), width)
 
 
 def check_columns(name: str, shape: Sequence[int], width: Width) -> None:
@@ -118,24 +135,6 @@ def check_columns(name: str, shape: Sequence[int], width: Width) -> None:
         )
 
 
-def _pack_in_slabs(weight: Tensor, format: str) -> PackedMatrix:
-    """`pack`, some tiles of rows at a time: the same codes and scales, without float copies of the whole matrix."""
-    rows, cols = weight.shape
-    # What stays is allocated before what goes: between the slabs it would keep their memory from being given back.
-    parts = {
-        name: torch.empty(shape, dtype=dtype)
-        for name, (shape, dtype) in packed_parts(format, rows, cols).items()
-        if name != "minima"  # `pack` makes none
-    }
-    step = max(SLAB_VALUES // cols // TILE_ROWS, 1) * TILE_ROWS
-    for start in range(0, rows, step):
-        slab = pack(weight[start : start + step], format)
-        at = slice(start // TILE_ROWS, start // TILE_ROWS + len(slab.data))
-        for name, part in parts.items():
-            part[at] = getattr(slab, name)
-    return PackedMatrix(format, rows, cols, **parts)
-
-
 def packed_parts(format: str, rows: int, cols: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
     """Shape and dtype of every tensor that a PackedMatrix of this size has, or may have: minima."""
     groups = (-(-rows // TILE_ROWS), cols // GROUP)
@@ -145,6 +144,17 @@ def packed_parts(format: str, rows: int, cols: int) -> dict[str, tuple[tuple[int
         "scales": ((*groups, TILE_ROWS), torch.float16),
         "minima": ((*groups, TILE_ROWS), torch.float16),
     }
+
+
+def empty_packed(format: str, rows: int, cols: int) -> PackedMatrix:
+    """Memory for what `pack` makes of a matrix of this size. What stays is allocated before what goes: made while a
+    matrix is packed, it would keep the memory of what goes from being given back."""
+    parts = {
+        name: torch.empty(shape, dtype=dtype)
+        for name, (shape, dtype) in packed_parts(format, rows, cols).items()
+        if name != "minima" or format == "int4"
+    }
+    return PackedMatrix(format, rows, cols, **parts)
 
 
 def tensors_of(matrix: Matrix) -> list[Tensor]:

