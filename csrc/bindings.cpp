@@ -8,6 +8,7 @@
 
 #include "cpu/isa.h"
 #include "dispatcher.h"
+#include "pack.h"
 #include "pages.h"
 #include "sampler.h"
 #include "tape.h"
@@ -243,6 +244,17 @@ PYBIND11_MODULE(_C, m) {
       },
       py::arg("pool"), py::arg("out"), py::arg("w"), py::arg("isa") = "",
       "out [N, K] float32 or bfloat16 = a PackedMatrix [N, K] as floats, at once.");
+
+  m.def(
+      "pack",
+      [](ThreadPool& pool, T out, T weight) {
+        const MatrixView packed = TensorArena().matrix(out);
+        const TensorView view = view_of(weight);
+        py::gil_scoped_release release;
+        pack(pool, view, packed);
+      },
+      py::arg("pool"), py::arg("out"), py::arg("weight"),
+      "A PackedMatrix [N, K] = weight [N, K] float32, bfloat16 or float16, quantised, at once.");
 
   m.def(
       "linear",

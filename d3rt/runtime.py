@@ -190,7 +190,7 @@ class Runtime:
         self.generation_config = getattr(model, "generation_config", None) or GenerationConfig()
         self.last_run: GenerationStats | None = None
 
-        made = family.weights(source, self.widths.weights, self.widths.lm_head)
+        made = family.weights(source, self.widths.weights, self.widths.lm_head, backend.pack)
         self._decoder = Decoder(self.config, made, backend.linear)
         self._rope = family.rope_tables(model, self.max_seq_len)
         self._cache = KVCache(self.config, batch_size, self.max_seq_len, self.dtype)

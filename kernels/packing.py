@@ -130,6 +130,9 @@ def pack(weight: Tensor, format: str) -> PackedMatrix:
     unless another pair leaves a smaller squared error in the group: the least-squares pair of the codes that follow
     from a range cut as in INT4_CUTS. So 16 equally spaced values, which an int4 file may hold, come out as they were.
     Scales and minima are rounded to float16 before the codes are chosen, so that codes fit what is kept.
+
+    This is float32 arithmetic, one rounding an operation, sums in the order of columns: csrc/pack.cpp gives the same
+    bits.
     """
     rows, cols = weight.shape
     values = weight.float().reshape(rows, -1, GROUP).permute(2, 0, 1).contiguous()

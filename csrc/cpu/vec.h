@@ -3,7 +3,7 @@
 // between ISAs. A new ISA is one more block here and one more object library in CMakeLists.txt.
 #pragma once
 
-#include "args.h"
+#include "floats.h"
 
 #if defined(D3RT_ISA_avx2) || defined(D3RT_ISA_avx512)
 #include <immintrin.h>
@@ -18,8 +18,6 @@ extern "C" {
 float expf(float);
 float sqrtf(float);
 }
-
-#define D3RT_INLINE static inline __attribute__((always_inline))
 
 namespace d3rt::cpu::D3RT_ISA {
 
@@ -37,62 +35,6 @@ D3RT_INLINE void prefetch_lines(const void* p, int64_t bytes) {
 // of the bandwidth unused on some processors (Xeon, fourth generation: 24 GB/s without, 32 with); 1 to 4 KiB
 // do as well.
 constexpr int kStreamAhead = 2048;
-
-D3RT_INLINE float to_float(float value) { return value; }
-D3RT_INLINE float to_float(int8_t value) { return value; }
-D3RT_INLINE float to_float(bf16 value) {
-  union {
-    uint32_t bits;
-    float value;
-  } u = {static_cast<uint32_t>(value.bits) << 16};
-  return u.value;
-}
-D3RT_INLINE float to_float(f16 value) {
-  const uint32_t sign = static_cast<uint32_t>(value.bits & 0x8000) << 16, rest = value.bits & 0x7fff;
-  union {
-    uint32_t bits;
-    float value;
-  } u;
-  if (rest >= 0x7c00) {
-    u.bits = sign | 0x7f800000 | (rest & 0x3ff) << 13;  // inf, NaN
-  } else {
-    u.bits =
-        sign | rest << 13;  // the exponent is 112 short; a multiplication mends that, subnormals included
-    u.value *= 0x1p112f;
-  }
-  return u.value;
-}
-D3RT_INLINE void from_float(float value, float* out) { *out = value; }
-D3RT_INLINE void from_float(float value, bf16* out) {  // round to nearest even, as torch does; NaN stays NaN
-  union {
-    float value;
-    uint32_t bits;
-  } u = {value};
-  if (value != value)
-    out->bits = 0x7fc0;
-  else
-    out->bits = static_cast<uint16_t>((u.bits + 0x7fff + ((u.bits >> 16) & 1)) >> 16);
-}
-
-D3RT_INLINE void from_float(float value, f16* out) {  // round to nearest even; past the range becomes inf
-  union {
-    float value;
-    uint32_t bits;
-  } u = {value};
-  const uint32_t sign = u.bits >> 16 & 0x8000;
-  u.bits &= 0x7fffffff;
-  if (u.bits > 0x7f800000) {
-    out->bits = static_cast<uint16_t>(sign | 0x7e00);
-  } else if (u.bits >= 0x477ff000) {
-    out->bits = static_cast<uint16_t>(sign | 0x7c00);
-  } else if (u.bits < 0x38800000) {  // subnormal: adding 0.5 leaves the rounded value in the lowest bits
-    u.value += 0.5f;
-    out->bits = static_cast<uint16_t>(sign | (u.bits - 0x3f000000));
-  } else {
-    const uint32_t rounded = u.bits + 0xc8000fff + (u.bits >> 13 & 1);
-    out->bits = static_cast<uint16_t>(sign | rounded >> 13);
-  }
-}
 
 #if defined(D3RT_ISA_avx512)
 

@@ -78,6 +78,10 @@ class Backend(Protocol):
     def own_weights(self, tensors: Sequence[Tensor]) -> None:
         """The same for the weights, which every step streams: a backend may move them to where that is fast."""
 
+    def pack(self, weight: Tensor, format: str) -> PackedMatrix:
+        """weight [rows, cols], of any float dtype, as int8 or int4: bit for bit what d3rt.kernels.packing.pack makes of
+        it, and without a float copy of the whole."""
+
     def record(self, step: Callable[[Any], None]) -> Any:
         """Calls step(ops) once and returns a program whose replay() repeats it. ops: see d3rt.kernels.reference."""
 

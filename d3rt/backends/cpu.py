@@ -18,6 +18,7 @@ from d3rt.backends.base import typed_linear
 from d3rt.backends.cores import usable_cores
 from d3rt.errors import BackendUnavailableError
 from d3rt.kernels.packing import PackedMatrix
+from d3rt.quantize import empty_packed, pack_in_slabs
 from d3rt.sampling import SamplingParams
 
 
@@ -52,6 +53,7 @@ _GEMM_FLAGS = {
     torch.bfloat16: {"amx_bf16", "avx512_bf16", "bf16"},
     torch.float16: {"amx_fp16", "avx512_fp16", "asimdhp"},
 }
+_PACKABLE_DTYPES = {torch.float32, torch.bfloat16, torch.float16}
 
 
 class CpuLoop:
@@ -101,6 +103,13 @@ class CpuBackend:
     def own_weights(self, tensors: Sequence[Tensor]) -> None:
         self.own(tensors)
         self._arena.use_large_pages()
+
+    def pack(self, weight: Tensor, format: str) -> PackedMatrix:
+        if weight.dtype not in _PACKABLE_DTYPES or weight.stride(1) != 1:
+            return pack_in_slabs(weight, format)
+        packed = empty_packed(format, *weight.shape)
+        native().pack(self._pool, packed, weight)
+        return packed
 
     def record(self, step: Callable[[Any], None]) -> Any:
         tape = native().Tape(self._pool, self._arena)

@@ -15,6 +15,7 @@ from d3rt.errors import NotFiniteError
 from d3rt.kernels import reference
 from d3rt.kernels.packing import PackedMatrix
 from d3rt.kv_cache import check_holes, mark_written
+from d3rt.quantize import pack_in_slabs
 from d3rt.sampling import SamplingParams
 
 
@@ -140,6 +141,9 @@ class ReferenceBackend:
         """Nothing to register: Python keeps its tensors alive."""
 
     own_weights = own
+
+    def pack(self, weight: Tensor, format: str) -> PackedMatrix:
+        return pack_in_slabs(weight, format)
 
     def record(self, step: Callable[[Any], None]) -> ReferenceProgram:
         return ReferenceProgram(step)

@@ -14,6 +14,7 @@ from d3rt.backends.cpu import PACKED_TOKENS, CpuBackend, gemm_dtypes
 from d3rt.kernels import cases, reference
 from d3rt.kernels.cases import Case
 from d3rt.kernels.packing import FORMATS, GROUP, pack, pack_codes, quantise_activations
+from d3rt.quantize import empty_packed
 
 EPS = torch.finfo(torch.float32).eps
 each_format = pytest.mark.parametrize("format", WIDTHS)
@@ -89,6 +90,70 @@ def test_sixteen_equally_spaced_values_are_kept_as_they_are():
     again = pack(blocks.dequantize(), "int4")
     assert torch.equal(again.dequantize(), blocks.dequantize())
     assert torch.equal(again.data, blocks.data)
+
+
+def awkward(rows, cols, dtype):
+    """Weights of every kind a matrix may have: outliers, equal ones, zeros of either sign, some too small for float16,
+    some that stand on the edge of two codes."""
+    generator = torch.Generator().manual_seed(rows + cols)
+    weight = torch.randn(rows, cols, generator=generator) / torch.rand(rows, cols, generator=generator)
+    weight[::5] = torch.randint(-127, 128, weight[::5].shape, generator=generator) / 2
+    weight[1::7] *= 1e-7
+    weight[2::11] = 0.1
+    weight[3::13] = 0.0
+    weight[4::17, ::2] = -0.0
+    weight[5::19] += 100
+    return weight.to(dtype)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("shape", [(1, 32), (16, 64), (37, 96), (131, 576), (300, 32)], ids=str)
+def test_packing_natively_gives_the_very_bits_whatever_the_threads(shape, dtype, format):
+    weight = awkward(*shape, dtype)
+    expected = pack(weight, format)
+    for threads in (1, 2, 5):
+        got = CpuBackend(threads).pack(weight, format)
+        assert (got.format, got.shape) == (format, shape)
+        assert_same_bits(got, expected)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize(
+    "of",
+    [
+        lambda w: w[3:40, :96],  # rows further apart than they are long
+        lambda w: w[:, :64].double(),  # no kernel's dtype
+        lambda w: w.T[:64, :64],  # columns further apart than rows
+    ],
+    ids=["part", "float64", "transposed"],
+)
+def test_packing_natively_takes_any_matrix_that_the_definition_takes(of, format):
+    weight = of(awkward(64, 128, torch.float32))
+    assert_same_bits(CpuBackend(2).pack(weight, format), pack(weight, format))
+
+
+def assert_same_bits(got, expected):
+    assert torch.equal(got.data, expected.data)
+    assert torch.equal(got.scales.view(torch.int16), expected.scales.view(torch.int16))
+    assert (got.minima is None) is (expected.minima is None)
+    if got.minima is not None:
+        assert torch.equal(got.minima.view(torch.int16), expected.minima.view(torch.int16))
+
+
+def test_packing_natively_refuses_what_does_not_fit_by_name():
+    pool = native_ops.pool(1)
+    out = empty_packed("int8", 70, 96)
+    with pytest.raises(
+        ValueError, match=r"pack: weight is float32 \[71, 96\], but must be float32 \[70, 96\]"
+    ):
+        _C.pack(pool, out, torch.zeros(71, 96))
+    with pytest.raises(ValueError, match="pack: weight is int32.*must be float32, bfloat16 or float16"):
+        _C.pack(pool, out, torch.zeros(70, 96, dtype=torch.int32))
+    with pytest.raises(ValueError, match="pack: minima is missing"):
+        _C.pack(pool, replace(empty_packed("int4", 70, 96), minima=None), torch.zeros(70, 96))
+    with pytest.raises(ValueError, match="pack: int8 has no minima"):
+        _C.pack(pool, replace(out, minima=out.scales), torch.zeros(70, 96))
 
 
 def test_a_group_of_equal_weights_packs_to_them():

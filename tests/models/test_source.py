@@ -7,7 +7,7 @@ import torch
 import d3rt
 from d3rt import quantize
 from d3rt.errors import UnsupportedModelError
-from d3rt.kernels.packing import FORMATS, pack
+from d3rt.kernels.packing import FORMATS, PackedMatrix, pack
 from d3rt.models import family_of, source
 from d3rt.models.source import OwnedModule, SharedModule
 
@@ -83,3 +83,19 @@ def test_packing_in_slabs_gives_what_packing_at_once_gives(monkeypatch, format, 
     assert slabs.shape == whole.shape and (slabs.minima is None) is (whole.minima is None)
     for ours, theirs in zip(quantize.tensors_of(slabs), quantize.tensors_of(whole), strict=True):
         assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("width", FORMATS)
+def test_a_backend_that_packs_is_given_every_matrix_that_is_packed(width):
+    model = tiny_models.fresh("llama", **tiny_models.PACKABLE)
+    given = []
+
+    def watched(weight, format):
+        given.append((tuple(weight.shape), format))
+        return quantize.pack_in_slabs(weight, format)
+
+    made = family_of(model.config).weights(SharedModule(model), width, "int8", watched)
+    matrices = [part for layer in made.layers for part in layer.parts() if isinstance(part, PackedMatrix)]
+    assert sorted(given) == sorted(
+        [(m.shape, width) for m in matrices] + [(m.shape, "int8") for m in {made.embed, made.lm_head}]
+    )
