@@ -10,30 +10,88 @@ namespace d3rt::cpu::D3RT_ISA {
 
 constexpr int kQueryGroup = 8;  // query heads that share one pass over a chunk's K,V
 
-// scores[q * kAttentionChunk + t] = scale * q . K[t] for NQ queries and four positions. Four at a time: their
-// horizontal sums cost little more than one.
-template <int NQ, class C>
-D3RT_INLINE void scores_of_four(const C* k, int64_t pos_stride, const float* q, int d, float scale,
-                                float* scores) {
+// Query heads whose products with K and V are summed side by side, so that each key and value is loaded and
+// widened once for all of them: as many as the registers hold.
+#if defined(D3RT_ISA_avx512) || defined(D3RT_NEON)
+constexpr int kQueryTile = 4;
+#else
+constexpr int kQueryTile = 2;
+#endif
+
+// Largest head_dim whose queries are put into the order of pairs (vec.h).
+constexpr int kMostPaired = 256;
+D3RT_INLINE bool in_pairs(int d) { return d % (2 * Vec::kLanes) == 0 && d <= kMostPaired; }
+
+// scores[q * kAttentionChunk + t] = q . K[t] for NQ queries and four positions. Four at a time: their
+// horizontal sums cost little more than one. kPairs: in_pairs(d), and q is in the order of pairs.
+template <int NQ, bool kPairs, class C>
+D3RT_INLINE void products_of_four(const C* k, int64_t pos_stride, const float* q, int d, float* scores) {
   constexpr int kN = Vec::kLanes;
   Vec acc[NQ][4];
   for (int h = 0; h < NQ; ++h)
     for (int t = 0; t < 4; ++t) acc[h][t] = set1(0);
-  int i = 0;
-  for (; i + kN <= d; i += kN)
-    for (int t = 0; t < 4; ++t) {
-      const Vec key = load(k + t * pos_stride + i);
-      for (int h = 0; h < NQ; ++h) acc[h][t] = fma(key, load(q + h * d + i), acc[h][t]);
+  if (kPairs) {
+    for (int i = 0; i < d; i += 2 * kN) {
+      Pair query[NQ];
+      for (int h = 0; h < NQ; ++h) query[h] = {load(q + h * d + i), load(q + h * d + i + kN)};
+      for (int t = 0; t < 4; ++t) {
+        const Pair key = load_pair(k + t * pos_stride + i);
+        for (int h = 0; h < NQ; ++h)
+          acc[h][t] = fma(key.second, query[h].second, fma(key.first, query[h].first, acc[h][t]));
+      }
     }
-  const int rest = d - i;
-  for (int t = 0; rest && t < 4; ++t) {
-    const Vec key = load_partial(k + t * pos_stride + i, rest);
-    for (int h = 0; h < NQ; ++h) acc[h][t] = fma(key, load_partial(q + h * d + i, rest), acc[h][t]);
+  } else {
+    int i = 0;
+    for (; i + kN <= d; i += kN)
+      for (int t = 0; t < 4; ++t) {
+        const Vec key = load(k + t * pos_stride + i);
+        for (int h = 0; h < NQ; ++h) acc[h][t] = fma(key, load(q + h * d + i), acc[h][t]);
+      }
+    const int rest = d - i;
+    for (int t = 0; rest && t < 4; ++t) {
+      const Vec key = load_partial(k + t * pos_stride + i, rest);
+      for (int h = 0; h < NQ; ++h) acc[h][t] = fma(key, load_partial(q + h * d + i, rest), acc[h][t]);
+    }
   }
-  for (int h = 0; h < NQ; ++h) {
-    float* four = scores + h * kAttentionChunk;
-    sum4(acc[h][0], acc[h][1], acc[h][2], acc[h][3], four);
-    for (int t = 0; t < 4; ++t) four[t] *= scale;
+  for (int h = 0; h < NQ; ++h) sum4(acc[h][0], acc[h][1], acc[h][2], acc[h][3], scores + h * kAttentionChunk);
+}
+
+// The same for all of a chunk's positions; the last ones, if they are not four, by `dot`. paired: q in the
+// order of pairs, or null.
+template <int NQ, class C>
+D3RT_INLINE void products(const C* k, int64_t pos_stride, const float* q, const float* paired, int d,
+                          int positions, float (*scores)[kAttentionChunk]) {
+  int t = 0;
+  if (paired)
+    for (; t + 4 <= positions; t += 4)
+      products_of_four<NQ, true>(k + t * pos_stride, pos_stride, paired, d, scores[0] + t);
+  else
+    for (; t + 4 <= positions; t += 4)
+      products_of_four<NQ, false>(k + t * pos_stride, pos_stride, q, d, scores[0] + t);
+  for (; t < positions; ++t)
+    for (int h = 0; h < NQ; ++h) scores[h][t] = dot(k + t * pos_stride, q + h * d, d);
+}
+
+// scores[h][t] *= scale, and the scale of line t of an int8 cache.
+template <class C>
+D3RT_INLINE void multiply_scales(const C*, int64_t, int positions, int, int queries, float scale,
+                                 float (*scores)[kAttentionChunk]) {
+  constexpr int kN = Vec::kLanes;
+  for (int h = 0; h < queries; ++h) {
+    int t = 0;
+    for (; t + kN <= positions; t += kN) store(scores[h] + t, mul(load(scores[h] + t), set1(scale)));
+    for (; t < positions; ++t) scores[h][t] *= scale;
+  }
+}
+D3RT_INLINE void multiply_scales(const int8_t* lines, int64_t pos_stride, int positions, int d, int queries,
+                                 float scale, float (*scores)[kAttentionChunk]) {
+  constexpr int kN = Vec::kLanes;
+  alignas(64) float scales[kAttentionChunk];
+  for (int t = 0; t < positions; ++t) scales[t] = line_scale(lines + t * pos_stride, d) * scale;
+  for (int h = 0; h < queries; ++h) {
+    int t = 0;
+    for (; t + kN <= positions; t += kN) store(scores[h] + t, mul(load(scores[h] + t), load(scales + t)));
+    for (; t < positions; ++t) scores[h][t] *= scales[t];
   }
 }
 
@@ -65,64 +123,119 @@ D3RT_INLINE void weigh_columns(const C* v, int64_t pos_stride, int positions,
     }
 }
 
+// The same for NP pairs of vectors of columns from column `first` on.
+template <int NQ, int NP, class C>
+D3RT_INLINE void weigh_pairs(const C* v, int64_t pos_stride, int positions, float (*weights)[kAttentionChunk],
+                             int first, float* out, int64_t out_stride) {
+  constexpr int kN = Vec::kLanes;
+  Pair acc[NQ][NP];
+  for (int h = 0; h < NQ; ++h)
+    for (int c = 0; c < NP; ++c) acc[h][c] = {set1(0), set1(0)};
+  for (int t = 0; t < positions; ++t) {
+    const C* row = v + t * pos_stride + first;
+    Vec weight[NQ];
+    for (int h = 0; h < NQ; ++h) weight[h] = set1(weights[h][t]);
+    for (int c = 0; c < NP; ++c) {
+      const Pair value = load_pair(row + 2 * c * kN);
+      for (int h = 0; h < NQ; ++h) {
+        acc[h][c].first = fma(weight[h], value.first, acc[h][c].first);
+        acc[h][c].second = fma(weight[h], value.second, acc[h][c].second);
+      }
+    }
+  }
+  for (int h = 0; h < NQ; ++h)
+    for (int c = 0; c < NP; ++c) {
+      alignas(64) float columns[2 * kN];
+      store(columns, acc[h][c].first);
+      store(columns + kN, acc[h][c].second);
+      float* at = out + h * out_stride + first + 2 * c * kN;
+      for (int i = 0; i < 2 * kN; ++i) at[i] = columns[paired(v, i)];
+    }
+}
+
 template <int NQ, class C>
 D3RT_INLINE void weigh_values(const C* v, int64_t pos_stride, int positions,
                               float (*weights)[kAttentionChunk], int d, float* out, int64_t out_stride) {
   constexpr int kN = Vec::kLanes;
-  for (int i = 0; i < d; i += 4 * kN) {
-    const int columns = d - i < 4 * kN ? d - i : 4 * kN;
-    switch ((columns + kN - 1) / kN) {
-      case 1:
-        weigh_columns<NQ, 1>(v + i, pos_stride, positions, weights, columns, out + i, out_stride);
-        break;
-      case 2:
-        weigh_columns<NQ, 2>(v + i, pos_stride, positions, weights, columns, out + i, out_stride);
-        break;
-      case 3:
-        weigh_columns<NQ, 3>(v + i, pos_stride, positions, weights, columns, out + i, out_stride);
-        break;
-      default:
-        weigh_columns<NQ, 4>(v + i, pos_stride, positions, weights, columns, out + i, out_stride);
-    }
+  if (in_pairs(d)) {
+    int i = 0;
+    for (; i + 4 * kN <= d; i += 4 * kN)
+      weigh_pairs<NQ, 2>(v, pos_stride, positions, weights, i, out, out_stride);
+    if (i < d) weigh_pairs<NQ, 1>(v, pos_stride, positions, weights, i, out, out_stride);
+    return;
+  }
+  for (int i = 0; i < d; i += 2 * kN) {
+    const int columns = d - i < 2 * kN ? d - i : 2 * kN;
+    if (columns > kN)
+      weigh_columns<NQ, 2>(v + i, pos_stride, positions, weights, columns, out + i, out_stride);
+    else
+      weigh_columns<NQ, 1>(v + i, pos_stride, positions, weights, columns, out + i, out_stride);
   }
 }
 
-// The `positions` positions from element `at` of the cache on. partial: d values, then maximum, then sum; one
-// per query head of the group.
+// The largest of n values; when some are NaN, any of the others or NaN.
+D3RT_INLINE float largest(const float* values, int n) {
+  constexpr int kN = Vec::kLanes;
+  float found = values[0];
+  int i = 0;
+  if (n >= kN) {
+    Vec most = load(values);
+    for (i = kN; i + kN <= n; i += kN) most = max(most, load(values + i));
+    alignas(64) float lanes[kN];
+    store(lanes, most);
+    for (int lane = 0; lane < kN; ++lane) found = lanes[lane] > found ? lanes[lane] : found;
+  }
+  for (; i < n; ++i) found = values[i] > found ? values[i] : found;
+  return found;
+}
+
+// Queries [count, d] in the order of pairs of a cache of C.
 template <class C>
-D3RT_INLINE void attend_chunk(const AttentionArgs& a, int64_t at, const float* q, int queries, int positions,
-                              float* partial, int64_t partial_stride) {
+D3RT_INLINE void put_in_pairs(const float* q, int count, int d, float* out) {
+  for (int i = 0; i < d; ++i) {
+    const int at = paired(static_cast<const C*>(nullptr), i);
+    for (int h = 0; h < count; ++h) out[h * d + at] = q[h * d + i];
+  }
+}
+
+// The `positions` positions from element `at` of the cache on. paired_q: q in the order of pairs, used if
+// in_pairs(d). partial: d values, then maximum, then sum; one per query head of the group.
+template <class C>
+D3RT_INLINE void attend_chunk(const AttentionArgs& a, int64_t at, const float* q, const float* paired_q,
+                              int queries, int positions, float* partial, int64_t partial_stride) {
   constexpr int kN = Vec::kLanes;
   const C* k = static_cast<const C*>(a.cache.k) + at;
   const C* v = static_cast<const C*>(a.cache.v) + at;
   const int64_t pos_stride = a.cache.pos_stride;
   const int d = a.d;
   alignas(64) float scores[kQueryGroup][kAttentionChunk];
-  int t = 0;
-  for (; t + 4 <= positions; t += 4) {
-    // V is read next, in the same order; its lines come while K is multiplied.
-    prefetch_lines(v + t * pos_stride, 4 * pos_stride * static_cast<int64_t>(sizeof(C)));
-    int h = 0;
-    for (; h + 2 <= queries; h += 2)
-      scores_of_four<2>(k + t * pos_stride, pos_stride, q + static_cast<int64_t>(h) * d, d, a.scale,
-                        &scores[h][t]);
-    if (h < queries)
-      scores_of_four<1>(k + t * pos_stride, pos_stride, q + static_cast<int64_t>(h) * d, d, a.scale,
-                        &scores[h][t]);
+  // V is read next, in the same order; its lines come while K is multiplied.
+  prefetch_lines(v, positions * pos_stride * static_cast<int64_t>(sizeof(C)));
+  for (int h = 0; h < queries; h += kQueryTile) {
+    const float* some = q + h * d;
+    const float* pairs = in_pairs(d) ? paired_q + h * d : nullptr;
+    switch (queries - h) {
+      case 1:
+        products<1>(k, pos_stride, some, pairs, d, positions, scores + h);
+        break;
+      case 2:
+        products<2>(k, pos_stride, some, pairs, d, positions, scores + h);
+        break;
+      case 3:
+        products<(kQueryTile > 3 ? 3 : 2)>(k, pos_stride, some, pairs, d, positions, scores + h);
+        break;
+      default:
+        products<kQueryTile>(k, pos_stride, some, pairs, d, positions, scores + h);
+    }
   }
-  for (; t < positions; ++t)
-    for (int h = 0; h < queries; ++h)
-      scores[h][t] = dot(k + t * pos_stride, q + static_cast<int64_t>(h) * d, d) * a.scale;
-  if (is_int8(k))
-    for (t = 0; t < positions; ++t)
-      for (int h = 0; h < queries; ++h) scores[h][t] *= line_scale(k + t * pos_stride, d);
+  multiply_scales(k, pos_stride, positions, d, queries, a.scale, scores);
 
   for (int h = 0; h < queries; ++h) {
     float* out = partial + h * partial_stride;
-    float maximum = scores[h][0];
-    for (t = 1; t < positions; ++t) maximum = scores[h][t] > maximum ? scores[h][t] : maximum;
+    const float maximum = largest(scores[h], positions);
     Vec total = set1(0);
-    for (t = 0; t + kN <= positions; t += kN) {
+    int t = 0;
+    for (; t + kN <= positions; t += kN) {
       const Vec weight = exp(add(load(scores[h] + t), set1(-maximum)));
       store(scores[h] + t, weight);
       total = add(total, weight);
@@ -136,16 +249,35 @@ D3RT_INLINE void attend_chunk(const AttentionArgs& a, int64_t at, const float* q
     out[d] = maximum;
     out[d + 1] = sum_of_weights;
   }
-  if (is_int8(v))
-    for (t = 0; t < positions; ++t)
-      for (int h = 0; h < queries; ++h) scores[h][t] *= line_scale(v + t * pos_stride, d);
+  if (sizeof(C) == 1) multiply_scales(v, pos_stride, positions, d, queries, 1.0f, scores);
   // The next chunk of K, which is read next: most often by this very thread.
   if (positions == kAttentionChunk) prefetch_lines(k + positions * pos_stride, kStreamAhead);
-  int h = 0;
-  for (; h + 2 <= queries; h += 2)
-    weigh_values<2>(v, pos_stride, positions, scores + h, d, partial + h * partial_stride, partial_stride);
-  if (h < queries)
-    weigh_values<1>(v, pos_stride, positions, scores + h, d, partial + h * partial_stride, partial_stride);
+  for (int h = 0; h < queries; h += kQueryTile) {
+    float* out = partial + h * partial_stride;
+    switch (queries - h) {
+      case 1:
+        weigh_values<1>(v, pos_stride, positions, scores + h, d, out, partial_stride);
+        break;
+      case 2:
+        weigh_values<2>(v, pos_stride, positions, scores + h, d, out, partial_stride);
+        break;
+      case 3:
+        weigh_values<(kQueryTile > 3 ? 3 : 2)>(v, pos_stride, positions, scores + h, d, out, partial_stride);
+        break;
+      default:
+        weigh_values<kQueryTile>(v, pos_stride, positions, scores + h, d, out, partial_stride);
+    }
+  }
+}
+
+// out += weight * values
+D3RT_INLINE void add_scaled(float* out, const float* values, float weight, int n) {
+  constexpr int kN = Vec::kLanes;
+  int i = 0;
+  for (; i + kN <= n; i += kN) store(out + i, fma(set1(weight), load(values + i), load(out + i)));
+  if (i < n)
+    store_partial(out + i, fma(set1(weight), load_partial(values + i, n - i), load_partial(out + i, n - i)),
+                  n - i);
 }
 
 static void attention(const AttentionArgs& a, float* scratch, int phase, int thread, int num_threads) {
@@ -164,6 +296,8 @@ static void attention(const AttentionArgs& a, float* scratch, int phase, int thr
     for (int slot = 0; slot < a.B; ++slot) units += (last_chunk(slot) - first_chunk(slot) + 1) * a.G;
     const Range mine = share(units, thread, num_threads);
     int64_t unit = 0;
+    alignas(64) float paired_q[kQueryGroup * kMostPaired];
+    const float* in_paired_q = nullptr;  // whose pairs those are: chunk after chunk has the same queries
     for (int slot = 0; slot < a.B; ++slot) {
       const int length = a.pos[slot] + 1, begin = begin_of(slot);
       for (int head = 0; head < a.G; ++head) {
@@ -178,18 +312,25 @@ static void attention(const AttentionArgs& a, float* scratch, int phase, int thr
             const int64_t query = static_cast<int64_t>(slot) * a.H + head * group + h;
             float* partial = scratch + (query * chunks + chunk) * width;
             const float* q = a.q + query * a.d;
+            if (in_pairs(a.d) && in_paired_q != q) {
+              if (a.cache.store == Store::bf16)
+                put_in_pairs<bf16>(q, queries, a.d, paired_q);
+              else
+                put_in_pairs<float>(q, queries, a.d, paired_q);
+              in_paired_q = q;
+            }
             switch (a.cache.store) {
               case Store::f32:
-                attend_chunk<float>(a, at, q, queries, to - from, partial, chunks * width);
+                attend_chunk<float>(a, at, q, paired_q, queries, to - from, partial, chunks * width);
                 break;
               case Store::bf16:
-                attend_chunk<bf16>(a, at, q, queries, to - from, partial, chunks * width);
+                attend_chunk<bf16>(a, at, q, paired_q, queries, to - from, partial, chunks * width);
                 break;
               case Store::int8:
-                attend_chunk<int8_t>(a, at, q, queries, to - from, partial, chunks * width);
+                attend_chunk<int8_t>(a, at, q, paired_q, queries, to - from, partial, chunks * width);
                 break;
               default:
-                attend_chunk<f16>(a, at, q, queries, to - from, partial, chunks * width);
+                attend_chunk<f16>(a, at, q, paired_q, queries, to - from, partial, chunks * width);
             }
           }
         }
@@ -214,7 +355,7 @@ static void attention(const AttentionArgs& a, float* scratch, int phase, int thr
       const float* partial = partials + c * width;
       const float weight = expf(partial[a.d] - maximum);
       total += weight * partial[a.d + 1];
-      for (int i = 0; i < a.d; ++i) out[i] += weight * partial[i];
+      add_scaled(out, partial, weight, a.d);
     }
     for (int i = 0; i < a.d; ++i) out[i] /= total;
   }

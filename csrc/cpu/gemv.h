@@ -8,6 +8,13 @@
 namespace d3rt::cpu::D3RT_ISA {
 
 constexpr int kBatchTile = 4;
+// Rows that are multiplied with a tile of slots at once: every weight serves kBatchTile slots from a
+// register, every activation this many rows. As many sums as the registers hold.
+#if defined(D3RT_ISA_avx512) || defined(D3RT_NEON)
+constexpr int kRowTile = 4;
+#else
+constexpr int kRowTile = 2;
+#endif
 
 struct Range {
   int64_t begin, end;
@@ -36,49 +43,47 @@ D3RT_INLINE float dot(const W* w, const float* x, int64_t n) {
   return sum(add(add(a0, a1), add(a2, a3)));
 }
 
-// Two rows, NB slots at x, x + x_stride, ...: 2 * NB accumulators, each weight loaded and widened once.
+// kRowTile rows at w[..], NB slots at x, x + x_stride, ...: out[row][slot]. ahead: bytes from these rows to
+// the next ones.
 template <int NB, class W>
-D3RT_INLINE void dot_tile(const W* w0, const W* w1, const float* x, int64_t x_stride, int64_t n,
-                          float (&out)[2][NB]) {
+D3RT_INLINE void dot_tile(const W* const (&w)[kRowTile], int64_t ahead, const float* x, int64_t x_stride,
+                          int64_t n, float (&out)[kRowTile][kBatchTile]) {
   constexpr int kN = Vec::kLanes;
-  Vec acc[2][NB];
-  for (int b = 0; b < NB; ++b) acc[0][b] = acc[1][b] = set1(0);
+  Vec acc[kRowTile][kBatchTile];
+  for (int r = 0; r < kRowTile; ++r)
+    for (int b = 0; b < kBatchTile; ++b) acc[r][b] = set1(0);
   int64_t i = 0;
   for (; i + kN <= n; i += kN) {
-    if (i * sizeof(W) % 64 == 0) {  // the next pair of rows
-      prefetch<64>(w0 + i, 2 * (w1 - w0) * static_cast<int64_t>(sizeof(W)));
-      prefetch<64>(w1 + i, 2 * (w1 - w0) * static_cast<int64_t>(sizeof(W)));
-    }
-    const Vec v0 = load(w0 + i), v1 = load(w1 + i);
-    for (int b = 0; b < NB; ++b) {
-      const Vec xv = load(x + b * x_stride + i);
-      acc[0][b] = fma(v0, xv, acc[0][b]);
-      acc[1][b] = fma(v1, xv, acc[1][b]);
+    if (i * sizeof(W) % 64 == 0)
+      for (int r = 0; r < kRowTile; ++r) prefetch<64>(w[r] + i, ahead);
+    Vec xv[NB];
+    for (int b = 0; b < NB; ++b) xv[b] = load(x + b * x_stride + i);
+    for (int r = 0; r < kRowTile; ++r) {
+      const Vec v = load(w[r] + i);
+      for (int b = 0; b < NB; ++b) acc[r][b] = fma(v, xv[b], acc[r][b]);
     }
   }
   const int rest = static_cast<int>(n - i);
   if (rest) {
-    const Vec v0 = load_partial(w0 + i, rest), v1 = load_partial(w1 + i, rest);
-    for (int b = 0; b < NB; ++b) {
-      const Vec xv = load_partial(x + b * x_stride + i, rest);
-      acc[0][b] = fma(v0, xv, acc[0][b]);
-      acc[1][b] = fma(v1, xv, acc[1][b]);
+    for (int r = 0; r < kRowTile; ++r) {
+      const Vec v = load_partial(w[r] + i, rest);
+      for (int b = 0; b < NB; ++b) acc[r][b] = fma(v, load_partial(x + b * x_stride + i, rest), acc[r][b]);
     }
   }
-  for (int b = 0; b < NB; ++b) out[0][b] = sum(acc[0][b]), out[1][b] = sum(acc[1][b]);
+  for (int r = 0; r < kRowTile; ++r) sum4(acc[r][0], acc[r][1], acc[r][2], acc[r][3], out[r]);
 }
 
 template <int NB, class W, class Sink>
 D3RT_INLINE void rows_dot_tile(const W* w, int64_t stride, const float* x, int64_t x_stride, int64_t n,
                                int first_slot, Range rows, const Sink& sink) {
-  for (int64_t row = rows.begin; row < rows.end; row += 2) {
-    const bool pair = row + 1 < rows.end;
-    float out[2][NB];
-    dot_tile<NB>(w + row * stride, w + (pair ? row + 1 : row) * stride, x, x_stride, n, out);
-    for (int b = 0; b < NB; ++b) {
-      sink(first_slot + b, row, out[0][b]);
-      if (pair) sink(first_slot + b, row + 1, out[1][b]);
-    }
+  for (int64_t row = rows.begin; row < rows.end; row += kRowTile) {
+    const int count = rows.end - row < kRowTile ? static_cast<int>(rows.end - row) : kRowTile;
+    const W* tile[kRowTile];  // fewer rows than that: the last one again
+    for (int r = 0; r < kRowTile; ++r) tile[r] = w + (row + (r < count ? r : count - 1)) * stride;
+    float out[kRowTile][kBatchTile];
+    dot_tile<NB>(tile, kRowTile * stride * static_cast<int64_t>(sizeof(W)), x, x_stride, n, out);
+    for (int r = 0; r < count; ++r)
+      for (int b = 0; b < NB; ++b) sink(first_slot + b, row + r, out[r][b]);
   }
 }
 
@@ -95,7 +100,7 @@ D3RT_INLINE void rows_dot_typed(const Matrix& m, const float* x, int64_t x_strid
   }
   // Blocks of rows small enough to stay in L1 while the slots pass over them, tile by tile.
   int64_t block = 16384 / (m.cols * static_cast<int64_t>(sizeof(W)));
-  block = block < 2 ? 2 : block & ~int64_t{1};
+  block = block < kRowTile ? kRowTile : block - block % kRowTile;
   for (int64_t begin = rows.begin; begin < rows.end; begin += block) {
     const Range part = {begin, begin + block < rows.end ? begin + block : rows.end};
     for (int b = 0; b < B; b += kBatchTile) {

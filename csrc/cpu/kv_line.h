@@ -6,17 +6,7 @@
 
 namespace d3rt::cpu::D3RT_ISA {
 
-template <class C>
-D3RT_INLINE bool is_int8(const C*) {
-  return false;
-}
-D3RT_INLINE bool is_int8(const int8_t*) { return true; }
-
 // What the d codes at `line` are to be multiplied with.
-template <class C>
-D3RT_INLINE float line_scale(const C*, int) {
-  return 1.0f;
-}
 D3RT_INLINE float line_scale(const int8_t* line, int d) {
   float scale;
   __builtin_memcpy(&scale, line + d, sizeof scale);

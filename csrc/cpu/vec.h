@@ -237,6 +237,43 @@ D3RT_INLINE bool any_nan_or_equal(Vec a, Vec b) { return !(a.v < b.v || a.v > b.
 
 #endif
 
+// 2 kLanes neighbours at p as two vectors, in whichever order is cheapest to make.
+struct Pair {
+  Vec first, second;
+};
+template <class T>
+D3RT_INLINE Pair load_pair(const T* p) {
+  return {load(p), load(p + Vec::kLanes)};
+}
+// Where element i of a row stands when its pairs are laid end to end.
+template <class T>
+D3RT_INLINE int paired(const T*, int i) {
+  return i;
+}
+#if !defined(D3RT_ISA_scalar)
+// A bfloat16 is the upper half of a float, so a vector of 32-bit words is its odd elements as they are and
+// its even ones shifted: half the work of widening neighbours.
+D3RT_INLINE Pair load_pair(const bf16* p) {
+#if defined(D3RT_ISA_avx512)
+  const __m512i words = _mm512_loadu_si512(p);
+  return {{_mm512_castsi512_ps(_mm512_slli_epi32(words, 16))},
+          {_mm512_castsi512_ps(_mm512_and_si512(words, _mm512_set1_epi32(static_cast<int>(0xffff0000u))))}};
+#elif defined(D3RT_ISA_avx2)
+  const __m256i words = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  return {{_mm256_castsi256_ps(_mm256_slli_epi32(words, 16))},
+          {_mm256_castsi256_ps(_mm256_and_si256(words, _mm256_set1_epi32(static_cast<int>(0xffff0000u))))}};
+#else
+  const uint32x4_t words = vreinterpretq_u32_u16(vld1q_u16(reinterpret_cast<const uint16_t*>(p)));
+  return {{vreinterpretq_f32_u32(vshlq_n_u32(words, 16))},
+          {vreinterpretq_f32_u32(vandq_u32(words, vdupq_n_u32(0xffff0000u)))}};
+#endif
+}
+D3RT_INLINE int paired(const bf16*, int i) {
+  const int in_pair = i % (2 * Vec::kLanes);
+  return i - in_pair + (in_pair % 2) * Vec::kLanes + in_pair / 2;
+}
+#endif
+
 #if defined(D3RT_ISA_scalar)
 D3RT_INLINE Vec exp(Vec a) { return {expf(a.v)}; }
 #else
