@@ -86,7 +86,7 @@ def test_imports_go_down_only(path):
                 f"{module} is of the standard library only, but imports {name}"
             )
         if name == "d3rt._C":
-            assert module == "d3rt.backends.cpu", f"{module}: only d3rt.backends.cpu may import the extension"
+            assert module == "d3rt.backends.native", f"{module}: only d3rt.backends.native may import it"
         if top == "triton":
             allowed = module == "d3rt.backends.cuda" or module.startswith("d3rt.kernels.cuda")
             assert allowed, f"{module} imports triton"

@@ -1,36 +1,21 @@
-"""The cpu backend: C++ SIMD kernels recorded into tapes, and the C++ dispatcher that replays them (csrc/).
-
-The only file that imports d3rt._C, on first use.
-"""
+"""The cpu backend: C++ SIMD kernels recorded into tapes, and the C++ dispatcher that replays them (csrc/)."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import asdict
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from d3rt.backends.base import typed_linear
+from d3rt.backends.base import Built, Needs, causal_attention, typed_linear
 from d3rt.backends.cores import usable_cores
-from d3rt.errors import BackendUnavailableError
+from d3rt.backends.native import native
 from d3rt.kernels.packing import PackedMatrix
 from d3rt.sampling import SamplingParams
-
-
-def native() -> Any:
-    """The extension module; BackendUnavailableError says how to build it when it is missing."""
-    try:
-        from d3rt import _C
-    except ImportError as error:
-        raise BackendUnavailableError(
-            f"backend 'cpu': the extension d3rt._C does not load ({error}); build it with 'pip install -e .'; "
-            "available here: reference."
-        ) from error
-    return _C
 
 
 def gemm_dtypes(cpuinfo: str = "/proc/cpuinfo") -> set[torch.dtype]:
@@ -57,8 +42,9 @@ _GEMM_FLAGS = {
 class CpuLoop:
     """csrc's Dispatcher; only `start` differs, in how it is given its parameters."""
 
-    def __init__(self, dispatcher: Any):
+    def __init__(self, dispatcher: Any, pos: Tensor):
         self._dispatcher = dispatcher
+        self.pos = pos
         for name in ("add", "wait", "read", "cancel", "begin", "step", "commit"):
             setattr(self, name, getattr(dispatcher, name))
 
@@ -71,6 +57,12 @@ class CpuLoop:
             seen=seen,
         )
 
+    def prepare(self, programs, sampling, eos_tokens) -> None:
+        """A tape is all there is to build."""
+
+    def built(self, program: int) -> Built:
+        return Built("tape", 0)
+
     @property
     def step_seconds(self) -> list[float]:
         return self._dispatcher.step_seconds
@@ -80,6 +72,9 @@ class CpuBackend:
     """C++ SIMD kernels on `threads` threads (default: every core this process may use, cores.py)."""
 
     name = "cpu"
+    device = torch.device("cpu")
+    scope = nullcontext
+    attend = staticmethod(causal_attention)
 
     def __init__(self, threads: int | None = None):
         _C = native()
@@ -134,7 +129,10 @@ class CpuBackend:
         return 0 if w.dtype in self._gemm_dtypes else 4 * w.numel()
 
     def loop(self, token, pos, logits, filled) -> CpuLoop:
-        return CpuLoop(native().Dispatcher(self._arena, token, pos, logits, filled))
+        return CpuLoop(native().Dispatcher(self._arena, token, pos, logits, filled), pos)
+
+    def admit(self, needs: Needs) -> None:
+        """Everything that compile takes runs here, and memory is taken only as it is written."""
 
     def describe(self) -> dict[str, str]:
         _C = native()
