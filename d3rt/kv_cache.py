@@ -39,7 +39,7 @@ class KVCache:
         )
         self.k = torch.empty(shape, dtype=dtype, device=device)
         self.v = torch.empty(shape, dtype=dtype, device=device)
-        self.filled = torch.zeros(config.num_hidden_layers, batch_size, dtype=torch.int32)
+        self.filled = torch.zeros(config.num_hidden_layers, batch_size, dtype=torch.int32, device="cpu")
 
     @property
     def max_seq_len(self) -> int:

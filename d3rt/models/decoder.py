@@ -210,7 +210,7 @@ class Decoder:
             if pieces:
                 self._prefill_chunk(prompts, pieces, layers, cache, buf)
             for row, prompt in enumerate(prompts):
-                buf.pos[row] = len(prompt) - 1
+                buf.pos[row].fill_(len(prompt) - 1)  # an assignment would copy it from host memory
                 cache.set_prompt(row, len(prompt), layers.attention_layers)
 
     def _prefill_chunk(self, prompts, pieces, layers: LayerSet, cache: KVCache, buf: StepBuffers) -> None:
