@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from d3rt.backends.native import native
-from d3rt.errors import BackendUnavailableError
+from d3rt.errors import BackendUnavailableError, CudaError
 from d3rt.kernels.cuda.tiles import ARCHS
 
 # CUDA 13 builds of torch begin with sm_75; of the CUDA 12 ones this index keeps Volta.
@@ -91,7 +91,10 @@ def find(
         )
     if not has_triton():
         raise refused("Triton, which makes the kernels, is not installed: pip install 'triton>=3.7'")
-    return Found(context(loaded, ordinal), ordinal, compiled_for)
+    try:
+        return Found(context(loaded, ordinal), ordinal, compiled_for)
+    except CudaError as error:
+        raise refused(f"{name} cannot be used: {error}") from error
 
 
 class TorchStream:

@@ -24,8 +24,6 @@ from d3rt.kernels.cuda.plans import COUNTERS, PARTIALS, Launch
 
 logger = logging.getLogger("d3rt")
 
-# Run = what a step does to the state, from where it stands; asynchronous.
-Run = Callable[[], None]
 # An eager launcher: launch(launch, behind), see Recorded.
 Launcher = Callable[[Launch, list[Tensor]], None]
 
@@ -113,7 +111,7 @@ class StepBuilder:
                     built.step.launch(self._place.handle)
                     self._synchronize()
                     problem = None if expected is None else difference(expected, state.now())
-                except (CudaError, RuntimeError) as error:
+                except RuntimeError as error:  # CudaError is one, and so is what torch raises
                     problem = f"{type(error).__name__}: {error}"
                 state.restore()
                 if problem is None:
@@ -127,7 +125,8 @@ class StepBuilder:
         step, stream = self._native.Step, self._place.handle
 
         def captured() -> BuiltStep:
-            graph, executable = self._place.capture(lambda: self._launch(recorded))
+            launcher = self._launcher()  # before the capture, which may allocate nothing
+            graph, executable = self._place.capture(lambda: _launch(launcher, recorded))
             return BuiltStep(step.captured(self._context, executable, tape.ops), (graph,))
 
         yield "a graph", lambda: BuiltStep(step.graph(tape, stream), ())
@@ -137,7 +136,7 @@ class StepBuilder:
     def _expected(self, recorded: Recorded, state: State) -> dict[str, Tensor] | None:
         """What the step leaves when it is launched one by one; None, once warned of, where that cannot be done."""
         try:
-            self._launch(recorded)
+            _launch(self._launcher(), recorded)
             self._synchronize()
             expected = state.now()
         except Exception as error:  # Triton's launcher needs a C compiler, among others
@@ -151,10 +150,10 @@ class StepBuilder:
         state.restore()
         return expected
 
-    def _launch(self, recorded: Recorded) -> None:
-        launch = self._launcher()
-        for each, behind in zip(recorded.launches, recorded.behind, strict=True):
-            launch(each, behind)
-
     def _synchronize(self) -> None:
         self._native.synchronize(self._context, self._place.handle)
+
+
+def _launch(launcher: Launcher, recorded: Recorded) -> None:
+    for launch, behind in zip(recorded.launches, recorded.behind, strict=True):
+        launcher(launch, behind)

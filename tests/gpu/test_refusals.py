@@ -14,7 +14,7 @@ import d3rt.backends
 from d3rt.backends import cuda_device, make_backend
 from d3rt.backends.base import Needs
 from d3rt.backends.cuda_device import Found, find, kernel_arch, torch_runs_on
-from d3rt.errors import BackendUnavailableError, UnsupportedOptionError
+from d3rt.errors import BackendUnavailableError, CudaError, UnsupportedOptionError
 
 GIB = 2**30
 CUDA_13 = ["sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120"]
@@ -32,12 +32,16 @@ class Torch:
         self.get_arch_list = lambda: built_for
 
 
-def found(cuda=None, toolkit="13.0", devices=2, version=13000, has_triton=True) -> Found:
+def retained(driver, ordinal):
+    return SimpleNamespace(ordinal=ordinal)
+
+
+def found(cuda=None, toolkit="13.0", devices=2, version=13000, has_triton=True, context=retained) -> Found:
     return find(
         cuda or Torch(),
         toolkit,
         lambda: SimpleNamespace(version=version, devices=lambda: devices),
-        lambda driver, ordinal: SimpleNamespace(ordinal=ordinal),
+        context,
         lambda: has_triton,
     )
 
@@ -74,6 +78,14 @@ V100 = dict(arch=70, name="Tesla V100")
 def test_what_is_missing_is_named_with_the_way_out(given, words):
     with pytest.raises(BackendUnavailableError, match=f"backend 'cuda': .*{words}"):
         found(**given)
+
+
+def test_a_device_that_the_driver_does_not_hand_out_is_unavailable():
+    def busy(driver, ordinal):
+        raise CudaError("cuDevicePrimaryCtxRetain: CUDA_ERROR_DEVICE_UNAVAILABLE (46)")
+
+    with pytest.raises(BackendUnavailableError, match="NVIDIA A100 cannot be used: .*UNAVAILABLE"):
+        found(context=busy)
 
 
 def test_a_v100_is_taken_with_a_torch_that_has_code_for_it():
