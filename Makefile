@@ -9,7 +9,7 @@ TORCH_INDEX ?=
 BIN := .venv/bin
 PIP := $(BIN)/pip --disable-pip-version-check
 PIP_INSTALL := $(PIP) install -q $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
-CXX_FILES = $(shell find csrc tests/csrc -name '*.cpp' -o -name '*.h' 2>/dev/null)
+CXX_FILES = $(shell find csrc tests/csrc tests/fake_cuda -name '*.cpp' -o -name '*.h' 2>/dev/null)
 BUILD_INPUTS = setup.py pyproject.toml CMakeLists.txt $(shell find csrc -type f 2>/dev/null)
 SANITIZED := build/csrc-sanitized
 

@@ -4,11 +4,20 @@
 #include <chrono>
 
 namespace d3rt {
+namespace {
+
+// pos, which has a line for each token.
+const TensorView& fitting(const TensorView& pos, const TensorView& token) {
+  check_view("dispatcher", "token", token, DType::i32, {-1});
+  check_view("dispatcher", "pos", pos, DType::i32, {token.size(0)});
+  return pos;
+}
+
+}  // namespace
 
 Dispatcher::Dispatcher(TensorView token, TensorView pos, TensorView logits, TensorView filled,
                        const cpu::Kernels& kernels)
-    : Loop(pos, filled), token_(token), logits_(logits), kernels_(kernels) {
-  check_view("dispatcher", "token", token, DType::i32, {batch()});
+    : Loop(fitting(pos, token), filled), token_(token), logits_(logits), kernels_(kernels) {
   check_view("dispatcher", "logits", logits, DType::f32, {batch(), -1});
   vocab_size_ = logits.size(1);
 }

@@ -179,6 +179,7 @@ Dispatcher::Dispatcher(std::shared_ptr<Context> context, StreamHandle stream, Te
   const size_t bytes = ahead_ * static_cast<size_t>(batch()) * sizeof(int32_t);
   context_->check(driver.cuMemHostAlloc(&memory, bytes, 0), "cuMemHostAlloc", doing);
   pinned_ = PinnedMemory(context_, memory);
+  arrived_.reserve(ahead_);
   for (size_t i = 0; i < ahead_; ++i) {
     EventHandle event = nullptr;
     context_->check(driver.cuEventCreate(&event, kEventDisableTiming), "cuEventCreate", doing);

@@ -26,8 +26,8 @@ class Lookup {
     void* found = nullptr;
     int status = 0;
     const int version = std::min(wanted, driver_version);
-    if (second_ && second_(name, &found, version, 0, &status) == kSuccess && found) return found;
-    if (!second_ && first_ && first_(name, &found, version, 0) == kSuccess && found) return found;
+    if (second_) return second_(name, &found, version, 0, &status) == kSuccess ? found : nullptr;
+    if (first_) return first_(name, &found, version, 0) == kSuccess ? found : nullptr;
     return dlsym(library_, exported);
   }
 
