@@ -221,7 +221,7 @@ def tool(name: str, *arguments: str) -> str:
 
 def measure(job: Job) -> Measured:
     """Compiles it and looks at the result."""
-    os.environ["TRITON_CACHE_DIR"] = str(CACHE)
+    os.environ.setdefault("TRITON_CACHE_DIR", str(CACHE))
     from d3rt.kernels.cuda.compiled import compile
 
     (launch,) = launches(job)
