@@ -74,7 +74,7 @@ def compile(
     backend: "auto" (cuda where a usable GPU is found, else cpu), "cpu", "cuda", or "reference" (plain PyTorch, for
         tests).
     dtype: of weights and K,V cache: float32, bfloat16 or float16; None keeps the model's. Weights that already have
-        it are shared with the model, not copied.
+        it, and are on the backend's device, are shared with the model, not copied.
     weights: the width of the weights alone: a dtype, or "int8" or "int4" (groups of 32 columns; products with them
         quantise the activations to int8). Blocks of a GGUF file that have this width are taken as they are.
     lm_head: the same for the embedding and the lm_head; None is as `weights`, but int8 where those are int4.
@@ -244,7 +244,8 @@ class Runtime:
         self, inputs: Tensor | None = None, generation_config: GenerationConfig | None = None, **kwargs
     ):
         """The same call and the same return as Hugging Face's `model.generate`: int64 [B, prompt + new], finished rows
-        padded; with return_dict_in_generate a GenerateOutput.
+        padded; with return_dict_in_generate a GenerateOutput. The answer is where `inputs` is; Python objects that see
+        every step are given CPU tensors.
 
         Runs in C++ from the first sampled token to the last, except when a Python object must see every step
         (logits_processor, stopping_criteria, stop_strings, max_time, output_scores, output_logits, and options that
