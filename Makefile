@@ -15,6 +15,7 @@ SANITIZED := build/csrc-sanitized
 
 .DEFAULT_GOAL := help
 .PHONY: help venv demo test pytest csrc-test csrc-test-threads bench lint format wheel clean
+.PHONY: gpu-interpret gpu-compile gpu-ptx gpu-traffic
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -58,6 +59,20 @@ csrc-test-threads: venv ## run the C++ tests under ThreadSanitizer
 	  -DD3RT_WERROR=ON -DD3RT_SANITIZE=thread
 	@$(BIN)/cmake --build build/csrc-threads
 	build/csrc-threads/d3rt_csrc_tests
+
+# What is proven of the CUDA kernels without a GPU; all of it is part of `make pytest`.
+
+gpu-interpret: venv ## run the Triton kernels in Triton's interpreter
+	$(BIN)/pytest tests/kernels/test_triton_ops.py
+
+gpu-compile: venv ## compile the Triton kernels for every architecture, against tests/gpu/budgets.json
+	$(BIN)/pytest tests/gpu/test_compile_gate.py
+
+gpu-ptx: venv ## run the PTX that Triton emits in tests/ptx, and mutants of it
+	$(BIN)/pytest tests/gpu/test_ptx_machine.py tests/gpu/test_ptx_ops.py tests/gpu/test_ptx_mutations.py
+
+gpu-traffic: venv ## count the bytes that each launch moves, and the launches of a step
+	$(BIN)/pytest tests/gpu/test_traffic.py tests/gpu/test_nodes.py
 
 bench: venv ## run the benchmarks; results go to out/bench/ as JSON
 	@mkdir -p out/bench

@@ -1,0 +1,135 @@
+"""How many bytes each launch of a decode step moves between the chip and its memory, against the fewest possible.
+
+The whole grid of each launch runs in tests/ptx, on weights that hold anything, at the shapes of published models, one
+sequence, every position of a cache of 4096 in use. `moved` is what tests/ptx/traffic.py counts: matrices and K,V as
+often as they are asked for, everything else once. `least` is the sectors of what must be read or written: weights,
+activations, K,V once each. They differ by what a kernel leaves for itself, the sums of splits, and by what it reads
+twice.
+
+`python tests/traffic_table.py` prints the table; with --short the one of README.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import step_launches
+import torch
+from ptx.device import Device, compiled
+from ptx.traffic import SECTOR, mark
+from torch import Tensor
+
+from d3rt.kernels.cases import MODEL_SHAPES, ModelShape
+from d3rt.plan import LayerSet, Plan
+
+LENGTH = 4096
+FILLED = 2
+PLAN = Plan.of(
+    LayerSet.of([FILLED], FILLED + 1), fill=range(FILLED)
+)  # every op, kv_fill of two layers at once
+WAVE = 4096  # threads at a time: what keeps numpy's temporaries in the processor's caches
+SHAPES = {shape.name: shape for shape in MODEL_SHAPES}
+WIDTHS = ("float16", "int8", "int4 with minima")
+WHAT = [
+    *((model, width, 80) for model in SHAPES for width in WIDTHS),
+    *(("Llama-3.2-1B", "float16", arch) for arch in (70, 90)),
+]
+OPS = (
+    *("embed", "kv_fill", "norm_qkv_rope", "attention", "proj_add", "norm_gate_up", "proj_add"),
+    *("norm_logits", "sample", "advance"),
+)
+
+
+@dataclass(frozen=True)
+class Row:
+    op: str
+    splits: int
+    least: int  # bytes
+    moved: int
+    missed: int  # bytes of what must be read or written and was not
+
+    @property
+    def ratio(self) -> float:
+        return self.moved / self.least
+
+
+def is_stream(name: str) -> bool:
+    """Of the tensors of norm_qkv_rope, attention, proj_add, norm_gate_up, kv_fill and norm_logits, by name."""
+    part = name.rpartition("].")[2]
+    return part.startswith("w") or part in ("k_cache", "v_cache")
+
+
+def needed(launch, reachable: dict[str, Tensor]) -> Iterator[Tensor]:
+    """The parts of a launch's tensors that its op has to read or write, for one sequence at the last position."""
+    named = {name: at for name, at in launch.arguments.items() if isinstance(at, Tensor)}
+    if launch.uploads:  # the layers of kv_fill, its first argument
+        named |= {name: tensor for name, tensor in reachable.items() if name.startswith("[0]")}
+    last = LENGTH - 1
+    for name, tensor in named.items():
+        part = name.rpartition(".")[2]
+        if part in ("k_cache", "v_cache") and launch.op != "attention":
+            yield tensor[:, :, last]
+        elif part in ("cos", "sin"):
+            yield tensor[last]
+        elif name in launch.uploads:
+            yield from (tensor[row, column] for row, column in tensor.nonzero().tolist())
+        elif launch.op == "embed" and name in ("table", "scales", "minima"):
+            # Of token 0; packed, it is row 0 of a tile of 16.
+            packed = launch.constants["FORMAT"] != "plain"
+            yield tensor[0].select(-1 - (name == "table"), 0) if packed else tensor[0]
+        elif launch.op == "advance" and name == "ring":
+            yield tensor[0]
+        elif launch.op == "sample" and name in ("settings", "step"):
+            continue  # for draws and penalties; this one is greedy
+        else:
+            yield tensor
+
+
+def measure(shape: ModelShape, width: str, arch: int) -> Iterator[Row]:
+    """Every launch of the step, in order."""
+    step = step_launches.collect(arch, shape, PLAN, width, LENGTH, device="cpu")
+    for launch, reachable in zip(step.launches, step.reachable, strict=True):
+        wave = max(1, WAVE // (32 * launch.warps))
+        device = Device(
+            arch,
+            ordered=False,
+            streams=is_stream,
+            waves=lambda blocks, n=wave: [range(i, min(i + n, blocks)) for i in range(0, blocks, n)],
+        )
+        machine = device.launch(launch, reachable)
+        must = mark(machine.memory, needed(launch, reachable))
+        missed = SECTOR * int((must & ~machine.traffic.touched).sum())
+        splits = launch.constants.get("SPLIT", 1)
+        yield Row(launch.op, splits, SECTOR * int(must.sum()), machine.traffic.bytes, missed)
+
+
+def compile_ahead() -> None:
+    """All kernels of the table into Triton's cache, the last first, beside a process that begins with the first."""
+    for model, width, arch in reversed(WHAT):
+        for launch in step_launches.collect(arch, SHAPES[model], PLAN, width, LENGTH).launches:
+            compiled(launch, arch)
+
+
+def print_all() -> None:
+    print("| model | weights | arch | op | splits | least | moved | moved / least |")
+    print("| --- | --- | --- | --- | ---: | ---: | ---: | ---: |")
+    for model, width, arch in WHAT:
+        for row in measure(SHAPES[model], width, arch):
+            figures = f"{row.splits} | {row.least} | {row.moved} | {row.ratio:.4f}"
+            print(f"| {model} | {width} | sm_{arch} | {row.op} | {figures} |", flush=True)
+
+
+def print_short() -> None:
+    print("| moved / least, weights in float16, int8, int4 |", " | ".join(SHAPES), "|")
+    print("| --- |", " | ".join("---" for _ in SHAPES), "|")
+    rows = {(m, w): list(measure(SHAPES[m], w, 80)) for m in SHAPES for w in WIDTHS}
+    for i, op in enumerate(OPS):
+        cells = [", ".join(f"{rows[model, width][i].ratio:.3f}" for width in WIDTHS) for model in SHAPES]
+        print(f"| {op} |", " | ".join(cells), "|")
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    {"": print_all, "--short": print_short, "--compile": compile_ahead}["".join(sys.argv[1:])]()
