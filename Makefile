@@ -14,7 +14,7 @@ BUILD_INPUTS = setup.py pyproject.toml CMakeLists.txt $(shell find csrc -type f 
 SANITIZED := build/csrc-sanitized
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test pytest csrc-test csrc-test-threads bench lint format wheel clean
+.PHONY: help venv demo test pytest csrc-test csrc-sanitized csrc-test-threads gpu-dispatch bench lint format wheel clean
 .PHONY: gpu-interpret gpu-compile gpu-ptx gpu-traffic
 
 help: ## list the targets
@@ -46,12 +46,14 @@ test: pytest csrc-test ## run every test: Python, and C++ under ASan and UBSan
 pytest: venv ## run the Python tests
 	$(BIN)/pytest
 
-csrc-test: venv ## run the C++ tests under AddressSanitizer and UBSan
+csrc-test: csrc-sanitized ## run the C++ tests under AddressSanitizer and UBSan
+	UBSAN_OPTIONS=print_stacktrace=1 $(SANITIZED)/d3rt_csrc_tests
+
+csrc-sanitized: venv
 	@PATH="$(CURDIR)/$(BIN):$$PATH" cmake -S . -B $(SANITIZED) -G Ninja --log-level=WARNING \
 	  -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja -DCMAKE_BUILD_TYPE=Debug -DD3RT_PYTHON=OFF -DD3RT_TESTS=ON \
 	  -DD3RT_WERROR=ON -DD3RT_SANITIZE=address,undefined
 	@$(BIN)/cmake --build $(SANITIZED)
-	UBSAN_OPTIONS=print_stacktrace=1 $(SANITIZED)/d3rt_csrc_tests
 
 csrc-test-threads: venv ## run the C++ tests under ThreadSanitizer
 	@PATH="$(CURDIR)/$(BIN):$$PATH" cmake -S . -B build/csrc-threads -G Ninja --log-level=WARNING \
@@ -73,6 +75,10 @@ gpu-ptx: venv ## run the PTX that Triton emits in tests/ptx, and mutants of it
 
 gpu-traffic: venv ## count the bytes that each launch moves, and the launches of a step
 	$(BIN)/pytest tests/gpu/test_traffic.py tests/gpu/test_nodes.py
+
+gpu-dispatch: csrc-sanitized ## run the tests of the CUDA dispatcher, over a libcuda without a device
+	UBSAN_OPTIONS=print_stacktrace=1 $(SANITIZED)/d3rt_csrc_tests cuda_
+	$(BIN)/pytest tests/gpu/test_fake_driver.py tests/gpu/test_driver_api.py
 
 bench: venv ## run the benchmarks; results go to out/bench/ as JSON
 	@mkdir -p out/bench

@@ -209,7 +209,12 @@ void Dispatcher::step(int number) {
   const LayerUse& use = program(number);
   kv_.check_holes(use);
   const Context::Current current(*context_);
-  steps_[static_cast<size_t>(number)]->enqueue(stream_);
+  try {
+    steps_[static_cast<size_t>(number)]->enqueue(stream_);
+  } catch (...) {  // some of its launches may be on the stream
+    context_->driver().cuStreamSynchronize(stream_);
+    throw;
+  }
   context_->check(context_->driver().cuStreamSynchronize(stream_), "cuStreamSynchronize",
                   "waiting for a step");
   kv_.wrote(use, finished_);

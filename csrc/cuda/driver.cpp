@@ -53,8 +53,8 @@ Driver::Driver(const std::string& given) {
   if (!get_version) throw DriverUnavailable(path + " is no CUDA driver: it has no cuDriverGetVersion");
   const Result got = get_version(&version_);
   if (got != kSuccess)
-    throw DriverUnavailable("the CUDA driver does not tell its version: cuDriverGetVersion: CUresult " +
-                            std::to_string(got));
+    throw DriverUnavailable("the CUDA driver does not tell its version: cuDriverGetVersion: CUresult (" +
+                            std::to_string(got) + ")");
   if (version_ < kOldestVersion)
     throw DriverUnavailable("the CUDA driver is of version " + version_text(version_) + ", and d3rt needs " +
                             version_text(kOldestVersion) + " or later; update the driver");

@@ -17,6 +17,7 @@ void on_both(const Test& test) {
     const Fake fake;
     fakecuda_set_eager(eager);
     test();
+    CHECK_EQ(fakecuda_pending(), 0);
   }
 }
 
@@ -73,13 +74,9 @@ TEST(cuda_dispatcher, "a step is its graph, the copy of its line of the ring, an
   std::istringstream log(std::strstr(fakecuda_log(), "cuGraphLaunch"));
   std::vector<std::string> lines;
   for (std::string line; std::getline(log, line);) lines.push_back(line);
-  CHECK(lines == (std::vector<std::string>{"cuGraphLaunch 1", "cuMemcpyDtoHAsync 8", "cuEventRecord ",
+  CHECK(lines == (std::vector<std::string>{"cuGraphLaunch 1", "cuMemcpyDtoHAsync 8", "cuEventRecord",
                                            "cuEventSynchronize", "run next", "cuStreamSynchronize",
-                                           "cuCtxPopCurrent"}) ||
-        lines.size() == 7);
-  CHECK_EQ(lines[1], "cuMemcpyDtoHAsync 8");
-  CHECK_EQ(lines[2], "cuEventRecord");
-  CHECK_EQ(lines[3], "cuEventSynchronize");
+                                           "cuCtxPopCurrent"}));
 }
 
 TEST(cuda_dispatcher, "eos is seen late: steps ahead run for nothing, and change nothing") {
@@ -148,10 +145,9 @@ TEST(cuda_dispatcher, "a hole behind the eos that is still on its way is none") 
 TEST(cuda_dispatcher, "what a finished slot holds is known as well as on the CPU") {
   on_both(
       [] {  // slot 0 ends with a hole in layer 1: the step that attends there reads it, though for nothing
-        Gpu gpu({1, 0}, 2);
+        Gpu gpu({1, 100}, 2);
         gpu.eos = {3};
         const int skipping = gpu.add({2}, {0}, {}), deep = gpu.count;
-        gpu.prefill({1, -5});
         RunSpec spec = gpu.spec(6);
         spec.programs = {skipping, skipping, skipping, skipping, skipping, deep};
         gpu.dispatcher->start(spec);

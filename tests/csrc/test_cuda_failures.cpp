@@ -32,7 +32,8 @@ bool undoes(const std::string& call) {
   return false;
 }
 
-void fail_everywhere(int code, const std::string& name) {
+void fail_everywhere(int code) {
+  const std::string number = "(" + std::to_string(code) + ")";
   std::vector<std::string> surfaced;
   for (int n = 1;; ++n) {
     const Fake fake;
@@ -49,16 +50,18 @@ void fail_everywhere(int code, const std::string& name) {
     const std::string failed = fakecuda_failed();
     if (failed.empty()) {  // there are no more calls
       CHECK_EQ(what, "");
-      CHECK(n > 150);
+      CHECK(n > 100);
       break;
     }
     check::at("call " + std::to_string(n) + ", " + failed + ": " + what);
-    const bool told = what.find(failed + ": ") != std::string::npos && what.find(name) != std::string::npos;
-    CHECK(told || (what.empty() && undoes(failed)) || failed == "cuDriverGetVersion");
+    // After a call that undoes, a broken context shows at the next one.
+    const bool told = what.find(failed + ": ") != std::string::npos;
+    CHECK(what.empty() ? undoes(failed) : what.find(number) != std::string::npos);
+    CHECK(told || undoes(failed));
     if (told) surfaced.push_back(failed);
     CHECK_EQ(fakecuda_live("context"), 0);
-    // A module needs a current context to be unloaded, and here it could not be made current.
-    if (failed == "cuCtxPushCurrent" && what.empty()) fakecuda_forget();
+    // What could not be made current again to be destroyed in is lost with its objects.
+    if (failed == "cuCtxPushCurrent" && !told) fakecuda_forget();
   }
   for (const char* each : {"cuInit",
                            "cuDeviceGetCount",
@@ -88,13 +91,9 @@ void fail_everywhere(int code, const std::string& name) {
   }
 }
 
-TEST(cuda_failures, "an error of any call is told by name, and nothing leaks") {
-  fail_everywhere(999, "CUDA_ERROR_UNKNOWN (999)");
-}
+TEST(cuda_failures, "an error of any call is told by name, and nothing leaks") { fail_everywhere(999); }
 
-TEST(cuda_failures, "nor does anything leak when the context breaks at any call") {
-  fail_everywhere(700, "CUDA_ERROR_ILLEGAL_ADDRESS (700)");
-}
+TEST(cuda_failures, "nor does anything leak when the context breaks at any call") { fail_everywhere(700); }
 
 TEST(cuda_failures, "a failed generation says what failed, keeps the tokens before, and the next one works") {
   for (const std::string call :
@@ -107,8 +106,8 @@ TEST(cuda_failures, "a failed generation says what failed, keeps the tokens befo
     CHECK_THROWS(CudaError, call + ": CUDA_ERROR_OUT_OF_MEMORY (2)", gpu.dispatcher->wait(kLong));
     CHECK_THROWS(CudaError, call, gpu.dispatcher->wait(kLong));  // as often as it is asked
     bool ended = false;
-    CHECK_THROWS(CudaError, call, gpu.dispatcher->read(4, kLong, &ended));
     const Tokens tokens = gpu.all();
+    CHECK_THROWS(CudaError, call, gpu.dispatcher->read(tokens.size(), kLong, &ended));
     CHECK(tokens == (Tokens{1, 2, 3}) || (call == "cuEventSynchronize" && tokens.size() >= 3));
     CHECK_EQ(fakecuda_pending(), 0);
     gpu.prefill({5});
