@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 from weakref import WeakSet
 
@@ -66,16 +67,10 @@ class CudaBackend:
         prefill = CudaPrefill(self.arch, flash_attention(self.arch))
         self.linear, self.linear_bytes, self.attend = prefill.linear, prefill.linear_bytes, prefill.attend
         self._working = Working(self.device)
-        self._kernels = Kernels(self.arch, self._load)
+        self._kernels = Kernels(self.arch, partial(_load, self.native, self.context))
         self._owned: set[int] = set()
         self._loops: WeakSet[CudaLoop] = WeakSet()
-        self.builder = StepBuilder(
-            self.native,
-            self.context,
-            self._place,
-            self.tape,
-            lambda: launcher or triton_launcher(self.arch, self.device, self._working.tensors()),
-        )
+        self._launcher = launcher
 
     @property
     def scratch_bytes(self) -> int:
@@ -144,10 +139,14 @@ class CudaBackend:
             tape.add(launch.op, kernel, launch.grid, pointers)
         return tape, (recorded, working)
 
-    def _load(self, compiled: Any) -> Any:
-        """The kernel on the device. Its name may be that of others, of other shapes: each is a module of its own."""
-        return self.native.Kernel(
-            self.context, compiled.cubin, compiled.name, compiled.shared, 32 * compiled.warps
+    def builder(self) -> StepBuilder:
+        """What makes checked steps. Not kept: it knows the backend, which a dropped runtime is to free at once."""
+        return StepBuilder(
+            self.native,
+            self.context,
+            self._place,
+            self.tape,
+            lambda: self._launcher or triton_launcher(self.arch, self.device, self._working.tensors()),
         )
 
     def synchronize(self) -> None:
@@ -167,3 +166,8 @@ class CudaBackend:
             "device": f"{self.context.name} (sm_{self.context.arch})",
             **built,
         }
+
+
+def _load(native: Any, context: Any, compiled: Any) -> Any:
+    """The kernel on the device. Its name may be that of others, of other shapes: each is a module of its own."""
+    return native.Kernel(context, compiled.cubin, compiled.name, compiled.shared, 32 * compiled.warps)

@@ -92,12 +92,13 @@ class CudaLoop:
         everything = {program: self._recorded(program) + tail for program in missing}
         for recorded in everything.values():
             self._backend.reserve(recorded)
+        builder = self._backend.builder()
         with progress() as show:
             for number, (program, recorded) in enumerate(everything.items(), 1):
                 _, reads, fills = (None, (), ()) if program is None else self._programs[program]
                 what = f"step of {len(recorded.launches)} launches"
                 show(f"building graph {number} of {len(missing)}: {what}, {kind or 'driven from Python'}")
-                built = self._backend.builder.build(recorded, self._device_pos, what)
+                built = builder.build(recorded, self._device_pos, what)
                 self._numbers[program, kind] = self._dispatcher.add(built.step, list(reads), list(fills))
                 self._built[program, kind] = built
         with self._backend.scope():
