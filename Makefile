@@ -15,7 +15,7 @@ SANITIZED := build/csrc-sanitized
 
 .DEFAULT_GOAL := help
 .PHONY: help venv demo test pytest csrc-test csrc-sanitized csrc-test-threads gpu-dispatch bench lint format wheel clean
-.PHONY: gpu-interpret gpu-compile gpu-ptx gpu-traffic
+.PHONY: gpu-interpret gpu-compile gpu-ptx gpu-traffic gpu-generate gpu-fake-tensor
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -62,7 +62,7 @@ csrc-test-threads: venv ## run the C++ tests under ThreadSanitizer
 	@$(BIN)/cmake --build build/csrc-threads
 	build/csrc-threads/d3rt_csrc_tests
 
-# What is proven of the CUDA kernels without a GPU; all of it is part of `make pytest`.
+# What is proven of the CUDA backend without a GPU; all of it is part of `make pytest`.
 
 gpu-interpret: venv ## run the Triton kernels in Triton's interpreter
 	$(BIN)/pytest tests/kernels/test_triton_ops.py
@@ -79,6 +79,12 @@ gpu-traffic: venv ## count the bytes that each launch moves, and the launches of
 gpu-dispatch: csrc-sanitized ## run the tests of the CUDA dispatcher, over a libcuda without a device
 	UBSAN_OPTIONS=print_stacktrace=1 $(SANITIZED)/d3rt_csrc_tests cuda_
 	$(BIN)/pytest tests/gpu/test_fake_driver.py tests/gpu/test_driver_api.py
+
+gpu-generate: venv ## generate on the cuda backend without a GPU: dispatcher, graphs, PTX
+	$(BIN)/pytest tests/gpu/test_generate_fake.py tests/gpu/test_record.py tests/gpu/test_steps.py tests/gpu/test_refusals.py
+
+gpu-fake-tensor: venv ## hold torch's part of the cuda backend against host syncs, without a GPU
+	$(BIN)/pytest tests/gpu/test_fake_tensor.py tests/gpu/test_cuda_prefill.py
 
 bench: venv ## run the benchmarks; results go to out/bench/ as JSON
 	@mkdir -p out/bench
