@@ -1,5 +1,7 @@
 #include "kv_state.h"
 
+#include <algorithm>
+
 namespace d3rt {
 
 KvState::KvState(TensorView pos, TensorView filled) : pos_(pos), filled_(filled) {
@@ -61,9 +63,10 @@ void KvState::advance(const std::vector<bool>& finished) {
     if (!finished[static_cast<size_t>(slot)]) ++pos()[slot];
 }
 
-void KvState::copy_slot(const KvState& other, size_t slot) {
-  pos()[slot] = other.pos()[slot];
-  for (int64_t layer = 0; layer < filled_.size(0); ++layer) filled(layer)[slot] = other.filled(layer)[slot];
+void KvState::copy(const KvState& other) {
+  std::copy_n(other.pos(), batch(), pos());
+  for (int64_t layer = 0; layer < filled_.size(0); ++layer)
+    std::copy_n(other.filled(layer), batch(), filled(layer));
 }
 
 }  // namespace d3rt

@@ -29,8 +29,7 @@ class KvState {
   void wrote(const LayerUse& use, const std::vector<bool>& finished);
   // A token was chosen for each slot that had not finished before.
   void advance(const std::vector<bool>& finished);
-  // Makes what is known of a slot the same as in `other`, of the same shape.
-  void copy_slot(const KvState& other, size_t slot);
+  void copy(const KvState& other);  // of the same shape
 
  private:
   template <class Found>

@@ -35,9 +35,9 @@ class Dispatcher::Generation {
         expected_(host_view(d_.expected_pos_, {d_.batch()}),
                   host_view(d_.expected_filled_,
                             {static_cast<int64_t>(d_.expected_filled_.size()) / d_.batch(), d_.batch()})),
-        expected_finished_(batch_, false),
+        none_finished_(batch_, false),
         tokens_(batch_) {
-    for (size_t slot = 0; slot < batch_; ++slot) expected_.copy_slot(d_.kv_, slot);
+    expected_.copy(d_.kv_);
   }
 
   void run() {
@@ -46,7 +46,7 @@ class Dispatcher::Generation {
       while (!over()) {
         while (enqueued_ < total_ && enqueued_ - read_ < d_.ahead_ && !d_.cancelled()) {
           if (expected_.has_hole(use(enqueued_))) {
-            // Slots may have finished meanwhile, so that this step need not run at all, or stands elsewhere.
+            // Maybe only because a finished slot is not known yet: decide when all that is enqueued is read.
             read_all();
             if (over()) break;
             d_.kv_.check_holes(use(enqueued_));
@@ -84,8 +84,8 @@ class Dispatcher::Generation {
                        "cuMemcpyDtoHAsync", telling);
     d_.context_->check(driver().cuEventRecord(d_.arrived_[line(step)].get(), d_.stream_), "cuEventRecord",
                        telling);
-    expected_.wrote(use(step), expected_finished_);
-    expected_.advance(expected_finished_);
+    expected_.wrote(use(step), none_finished_);
+    expected_.advance(none_finished_);
     ++enqueued_;
   }
 
@@ -105,11 +105,8 @@ class Dispatcher::Generation {
                                              : not_finite(static_cast<int64_t>(slot), at);
     }
     d_.kv_.advance(d_.finished_);
-    for (size_t slot = 0; slot < batch_; ++slot) {
-      if (d_.finished_[slot] || !is_eos(tokens_[slot])) continue;
-      d_.finished_[slot] = expected_finished_[slot] = true;
-      expected_.copy_slot(d_.kv_, slot);  // it stands still from here on
-    }
+    for (size_t slot = 0; slot < batch_; ++slot)
+      if (is_eos(tokens_[slot])) d_.finished_[slot] = true;
     d_.log(tokens_, std::chrono::duration<double>(now - last_).count());
     last_ = now;
     ++read_;
@@ -149,7 +146,7 @@ class Dispatcher::Generation {
   const RunSpec& spec_;
   const size_t total_, batch_;
   KvState expected_;
-  std::vector<bool> expected_finished_;
+  const std::vector<bool> none_finished_;
   std::vector<int32_t> tokens_;
   size_t enqueued_ = 0, read_ = 0;
   Clock::time_point last_ = Clock::now();

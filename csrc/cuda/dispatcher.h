@@ -65,7 +65,8 @@ class Dispatcher : public Loop {
   std::vector<std::shared_ptr<Step>> steps_;  // by program number
   PinnedMemory pinned_;                       // int32 [ahead, B]: step i arrives in line i % ahead
   std::vector<Event> arrived_;                // [ahead], likewise
-  // What pos and filled will be once all that is enqueued has run, if no slot finishes meanwhile.
+  // What pos and filled would be if all that is enqueued had run and no slot ever finished: a hole that this
+  // does not have, the truth does not have either.
   std::vector<int32_t> expected_pos_, expected_filled_;
 };
 

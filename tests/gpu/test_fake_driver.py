@@ -33,8 +33,8 @@ def fake():
     """As new; afterwards everything must be gone, and nothing done against the driver's rules."""
     fake = FakeCuda()
     yield fake
-    gc.collect()
     fake.run_by(None)
+    gc.collect()
     assert fake.errors == []
     assert fake.faults() == ""
     assert fake.live() == fake.live("context")  # pytest still holds what its fixture gave
