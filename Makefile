@@ -9,13 +9,13 @@ TORCH_INDEX ?=
 BIN := .venv/bin
 PIP := $(BIN)/pip --disable-pip-version-check
 PIP_INSTALL := $(PIP) install -q $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
-CXX_FILES = $(shell find csrc tests/csrc -name '*.cpp' -o -name '*.h' 2>/dev/null)
+CXX_FILES = $(shell find csrc tests/csrc tests/fake_cuda -name '*.cpp' -o -name '*.h' 2>/dev/null)
 BUILD_INPUTS = setup.py pyproject.toml CMakeLists.txt $(shell find csrc -type f 2>/dev/null)
 SANITIZED := build/csrc-sanitized
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test pytest csrc-test csrc-test-threads bench lint format wheel clean
-.PHONY: gpu-interpret gpu-compile gpu-ptx gpu-traffic
+.PHONY: help venv demo test pytest csrc-test csrc-sanitized csrc-test-threads gpu-dispatch bench lint format wheel clean
+.PHONY: gpu-interpret gpu-compile gpu-ptx gpu-traffic gpu-generate gpu-fake-tensor
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -46,12 +46,14 @@ test: pytest csrc-test ## run every test: Python, and C++ under ASan and UBSan
 pytest: venv ## run the Python tests
 	$(BIN)/pytest
 
-csrc-test: venv ## run the C++ tests under AddressSanitizer and UBSan
+csrc-test: csrc-sanitized ## run the C++ tests under AddressSanitizer and UBSan
+	UBSAN_OPTIONS=print_stacktrace=1 $(SANITIZED)/d3rt_csrc_tests
+
+csrc-sanitized: venv
 	@PATH="$(CURDIR)/$(BIN):$$PATH" cmake -S . -B $(SANITIZED) -G Ninja --log-level=WARNING \
 	  -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja -DCMAKE_BUILD_TYPE=Debug -DD3RT_PYTHON=OFF -DD3RT_TESTS=ON \
 	  -DD3RT_WERROR=ON -DD3RT_SANITIZE=address,undefined
 	@$(BIN)/cmake --build $(SANITIZED)
-	UBSAN_OPTIONS=print_stacktrace=1 $(SANITIZED)/d3rt_csrc_tests
 
 csrc-test-threads: venv ## run the C++ tests under ThreadSanitizer
 	@PATH="$(CURDIR)/$(BIN):$$PATH" cmake -S . -B build/csrc-threads -G Ninja --log-level=WARNING \
@@ -60,7 +62,7 @@ csrc-test-threads: venv ## run the C++ tests under ThreadSanitizer
 	@$(BIN)/cmake --build build/csrc-threads
 	build/csrc-threads/d3rt_csrc_tests
 
-# What is proven of the CUDA kernels without a GPU; all of it is part of `make pytest`.
+# What is proven of the CUDA backend without a GPU; all of it is part of `make pytest`.
 
 gpu-interpret: venv ## run the Triton kernels in Triton's interpreter
 	$(BIN)/pytest tests/kernels/test_triton_ops.py
@@ -73,6 +75,16 @@ gpu-ptx: venv ## run the PTX that Triton emits in tests/ptx, and mutants of it
 
 gpu-traffic: venv ## count the bytes that each launch moves, and the launches of a step
 	$(BIN)/pytest tests/gpu/test_traffic.py tests/gpu/test_nodes.py
+
+gpu-dispatch: csrc-sanitized ## run the tests of the CUDA dispatcher, over a libcuda without a device
+	UBSAN_OPTIONS=print_stacktrace=1 $(SANITIZED)/d3rt_csrc_tests cuda_
+	$(BIN)/pytest tests/gpu/test_fake_driver.py tests/gpu/test_driver_api.py
+
+gpu-generate: venv ## generate on the cuda backend without a GPU: dispatcher, graphs, PTX
+	$(BIN)/pytest tests/gpu/test_generate_fake.py tests/gpu/test_record.py tests/gpu/test_steps.py tests/gpu/test_refusals.py
+
+gpu-fake-tensor: venv ## hold torch's part of the cuda backend against host syncs, without a GPU
+	$(BIN)/pytest tests/gpu/test_fake_tensor.py tests/gpu/test_cuda_prefill.py
 
 bench: venv ## run the benchmarks; results go to out/bench/ as JSON
 	@mkdir -p out/bench

@@ -1,7 +1,8 @@
-// The only file that knows Python: torch tensors become TensorViews (by their attributes, so no torch header
-// and no torch ABI), C++ errors become the exceptions of d3rt/errors.py, and the GIL is released wherever
-// work is done.
-#include <pybind11/pybind11.h>
+// The module d3rt._C. This file and bindings_cuda.cpp are the only ones that know Python: torch tensors
+// become TensorViews (by their attributes, so no torch header and no torch ABI), C++ errors become the
+// exceptions of d3rt/errors.py, and the GIL is released wherever work is done.
+#include "bindings.h"
+
 #include <pybind11/stl.h>
 
 #include <unordered_map>
@@ -12,8 +13,6 @@
 #include "pages.h"
 #include "sampler.h"
 #include "tape.h"
-
-namespace py = pybind11;
 
 namespace d3rt {
 namespace {
@@ -28,6 +27,8 @@ DType dtype_of(const py::object& tensor) {
   throw InvalidArgument("a tensor of " + name +
                         ": the cpu kernels take float32, bfloat16, float16, int32 and int8");
 }
+
+}  // namespace
 
 TensorView view_of(const py::object& tensor) {
   if (tensor.is_none()) return {};
@@ -48,6 +49,18 @@ TensorView view_of(const py::object& tensor) {
   view.data = reinterpret_cast<void*>(tensor.attr("data_ptr")().cast<uintptr_t>());
   return view;
 }
+
+py::tuple read_tokens(Loop& loop, size_t first_step, double seconds) {
+  bool ended = false;
+  std::vector<int32_t> tokens;
+  {
+    py::gil_scoped_release release;
+    tokens = loop.read(first_step, seconds, &ended);
+  }
+  return py::make_tuple(tokens, ended);
+}
+
+namespace {
 
 // An arena that also keeps its tensors alive, and remembers their views: asking torch for one costs
 // microseconds.
@@ -123,6 +136,11 @@ void translate(std::exception_ptr error) {
     raise("HoleError", e.what());
   } catch (const NotFinite& e) {
     raise("NotFiniteError", e.what());
+  } catch (const CudaError& e) {
+    raise("CudaError", e.what());
+  } catch (const DriverUnavailable& e) {
+    const std::string told = "backend 'cuda': " + std::string(e.what()) + "; available here: cpu, reference.";
+    raise("BackendUnavailableError", told.c_str());
   } catch (const Error& e) {
     raise("D3rtError", e.what());
   }
@@ -323,13 +341,7 @@ PYBIND11_MODULE(_C, m) {
       .def(
           "read",
           [](Dispatcher& d, size_t first_step, double seconds) {
-            bool ended = false;
-            std::vector<int32_t> tokens;
-            {
-              py::gil_scoped_release release;
-              tokens = d.read(first_step, seconds, &ended);
-            }
-            return py::make_tuple(tokens, ended);
+            return read_tokens(d, first_step, seconds);
           },
           py::arg("first_step"), py::arg("seconds"))
       .def("cancel", &Dispatcher::cancel, py::call_guard<py::gil_scoped_release>())
@@ -338,6 +350,8 @@ PYBIND11_MODULE(_C, m) {
       .def("commit", &Dispatcher::commit, py::arg("tokens"), py::arg("finished"))
       .def_property_readonly("step_seconds", &Dispatcher::step_seconds)
       .def_property_readonly("batch", &Dispatcher::batch);
+
+  bind_cuda(m.def_submodule("cuda"));
 }
 
 }  // namespace d3rt

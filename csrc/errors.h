@@ -26,5 +26,14 @@ struct Hole : Error {
 struct NotFinite : Error {
   using Error::Error;
 };
+// A call of the CUDA driver failed, or a broken context was asked for more. `code` is the CUresult.
+struct CudaError : Error {
+  CudaError(int code, const std::string& what) : Error(what), code(code) {}
+  int code;
+};
+// There is no CUDA driver, it is too old, or it has no device.
+struct DriverUnavailable : Error {
+  using Error::Error;
+};
 
 }  // namespace d3rt

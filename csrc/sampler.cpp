@@ -23,6 +23,17 @@ double philox_uniform(uint64_t seed, uint32_t step, uint32_t slot) {
   return static_cast<double>(bits >> 11) * 0x1.0p-53;
 }
 
+NotFinite not_finite(int64_t slot, int64_t step) {
+  return NotFinite("the logits of slot " + std::to_string(slot) + " at step " + std::to_string(step) +
+                   " hold NaN or no finite value; the model or its K,V cache is broken");
+}
+
+NotFinite no_distribution(int64_t slot, int64_t step) {
+  return NotFinite("the logits of slot " + std::to_string(slot) + " at step " + std::to_string(step) +
+                   " are infinite once divided by the temperature, so they have no distribution to draw "
+                   "from; do_sample=False takes the largest");
+}
+
 Sampler::Sampler(const SamplingParams& params, int64_t vocab_size, std::vector<std::vector<int32_t>> seen,
                  const cpu::Kernels& kernels)
     : params_(params), vocab_size_(vocab_size), kernels_(kernels), seen_(std::move(seen)) {
@@ -53,9 +64,7 @@ int32_t Sampler::sample(float* logits, int slot, int64_t step) {
     }
   }
   const int64_t best = kernels_.argmax(logits, vocab_size_);
-  if (best < 0)
-    throw NotFinite("the logits of slot " + std::to_string(slot) + " at step " + std::to_string(step) +
-                    " hold NaN or no finite value; the model or its K,V cache is broken");
+  if (best < 0) throw not_finite(slot, step);
   const int32_t token = params_.do_sample ? draw(logits, slot, step) : static_cast<int32_t>(best);
   if (penalise && !is_seen_[static_cast<size_t>(slot)][static_cast<size_t>(token)]) {
     is_seen_[static_cast<size_t>(slot)][static_cast<size_t>(token)] = true;
@@ -86,10 +95,7 @@ int32_t Sampler::draw(const float* logits, int slot, int64_t step) {
       std::max_element(candidates_.begin(), candidates_.end(), [](const Candidate& a, const Candidate& b) {
         return a.logit < b.logit;
       })->logit;
-  if (!std::isfinite(maximum))
-    throw NotFinite("the logits of slot " + std::to_string(slot) + " at step " + std::to_string(step) +
-                    " are infinite once divided by the temperature, so they have no distribution to draw "
-                    "from; do_sample=False takes the largest");
+  if (!std::isfinite(maximum)) throw no_distribution(slot, step);
   const auto weight = [&](const Candidate& c) { return std::exp(static_cast<double>(c.logit) - maximum); };
 
   if (params_.top_p < 1.0) {

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "cpu/args.h"
+#include "errors.h"
 
 namespace d3rt {
 
@@ -24,6 +25,11 @@ struct SamplingParams {
 // Philox4x32-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"), key = seed,
 // counter = (step, slot, 0, 0); the first two words give a double in [0, 1).
 double philox_uniform(uint64_t seed, uint32_t step, uint32_t slot);
+
+// What is thrown when there is no token to choose, on every backend: the logits hold NaN or nothing above
+// -inf; or they are infinite once divided by the temperature.
+NotFinite not_finite(int64_t slot, int64_t step);
+NotFinite no_distribution(int64_t slot, int64_t step);
 
 class Sampler {
  public:

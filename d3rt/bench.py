@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from transformers.generation.streamers import BaseStreamer
 
 from d3rt.backends.cores import usable_cores
-from d3rt.backends.cpu import native
+from d3rt.backends.native import native
 from d3rt.kernels import kv_line
 from d3rt.models.decoder import StepBuffers
 from d3rt.plan import Plan
@@ -227,15 +227,13 @@ def teacher_forced(runtime: Runtime, tokens: Tensor, progress: Callable[[], None
     losses = []
     with runtime._exclusive():
         rows = runtime._for_rows(count)
-        runtime._cache.reset()
-        runtime._decoder.prefill(list(tokens[:, :1]), plans[0].layer_set, runtime._cache, rows.buffers, count)
-        rows.first_logits.replay()
+        runtime._prefill(list(tokens[:, :1]), plans[0].layer_set, rows)
         rows.loop.begin()
         for step, target in enumerate(tokens[:, 1:].T):
             if step > 0:
                 rows.loop.commit(tokens[:, step].tolist(), [False] * count)
                 rows.loop.step(rows.number(plans[step]))
-            losses.append(F.cross_entropy(rows.buffers.logits, target, reduction="none").double())
+            losses.append(F.cross_entropy(rows.buffers.logits.cpu(), target, reduction="none").double())
             progress()
     return torch.stack(losses, dim=1)
 

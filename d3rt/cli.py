@@ -81,7 +81,7 @@ def generate(
     chat: Annotated[
         bool, typer.Option("--chat", help="The prompt is a user's message to a chat model.")
     ] = False,
-    backend: Annotated[str, typer.Option(help="auto, cpu or reference.")] = "auto",
+    backend: Annotated[str, typer.Option(help="auto, cpu, cuda or reference.")] = "auto",
     dtype: Annotated[
         str | None,
         typer.Option(help="Of weights and K,V: float32, bfloat16 or float16. [default: the model's]"),

@@ -44,3 +44,7 @@ class ForeignBufferError(D3rtError, ValueError):
 
 class NotFiniteError(D3rtError, ArithmeticError):
     """Logits with NaN, or without any finite value: there is no token to choose."""
+
+
+class CudaError(D3rtError, RuntimeError):
+    """A call of the CUDA driver failed. After some errors, an illegal address for one, every later call fails too."""

@@ -105,7 +105,8 @@ HANDLED = {
 class Request:
     """What one generation is to do. prompts[row] is int64 [T_row], without padding."""
 
-    input_ids: Tensor  # [B, T] int64, as given, padding included
+    input_ids: Tensor  # [B, T] int64 in host memory, as given, padding included
+    device: torch.device  # where they were given, and where the answer goes
     prompts: tuple[Tensor, ...]
     max_new_tokens: int
     eos_tokens: tuple[int, ...]
@@ -203,6 +204,7 @@ def resolve(
 
     return Request(
         input_ids=input_ids,
+        device=inputs.device if isinstance(inputs, Tensor) else torch.device("cpu"),
         prompts=prompts,
         max_new_tokens=max_new_tokens,
         eos_tokens=eos_tokens,
@@ -371,7 +373,8 @@ def _sampling(options: dict[str, Any], seed: int | None, generator: torch.Genera
     if not sample:
         return SamplingParams(repetition_penalty=penalty)
     if seed is None:  # torch.manual_seed, or the generator, decides
-        seed = int(torch.randint(0, 2**62, (1,), generator=generator))
+        device = "cpu" if generator is None else generator.device
+        seed = int(torch.randint(0, 2**62, (1,), generator=generator, device=device))
     return SamplingParams(True, temperature, int(top_k), top_p, min_p, penalty, seed)
 
 

@@ -17,12 +17,19 @@ from d3rt.kernels import kv_line
 
 class KVCache:
     """k, v: [L, B, G, S, d] of the dtype; as int8 [L, B, G, S, d + 4], in the lines of d3rt.kernels.kv_line. filled:
-    int32 [L, B], K,V of positions 0 .. filled - 1 exist.
+    int32 [L, B], K,V of positions 0 .. filled - 1 exist; always in host memory.
 
     The memory is not touched before it is written, so a long max_seq_len costs address space, not memory.
     """
 
-    def __init__(self, config: DecoderConfig, batch_size: int, max_seq_len: int, dtype: torch.dtype):
+    def __init__(
+        self,
+        config: DecoderConfig,
+        batch_size: int,
+        max_seq_len: int,
+        dtype: torch.dtype,
+        device: torch.device | str | None = None,
+    ):
         shape = (
             config.num_hidden_layers,
             batch_size,
@@ -30,9 +37,9 @@ class KVCache:
             max_seq_len,
             kv_line.width(config.head_dim, dtype),
         )
-        self.k = torch.empty(shape, dtype=dtype)
-        self.v = torch.empty(shape, dtype=dtype)
-        self.filled = torch.zeros(config.num_hidden_layers, batch_size, dtype=torch.int32)
+        self.k = torch.empty(shape, dtype=dtype, device=device)
+        self.v = torch.empty(shape, dtype=dtype, device=device)
+        self.filled = torch.zeros(config.num_hidden_layers, batch_size, dtype=torch.int32, device="cpu")
 
     @property
     def max_seq_len(self) -> int:

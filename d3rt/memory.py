@@ -38,6 +38,13 @@ class MemoryReport:
         return "\n".join(f"{label:<30} {size / 2**20:9.1f} MiB" for label, size in parts)
 
 
+def buffer_bytes(config: DecoderConfig, rows: int, max_seq_len: int) -> int:
+    """The buffers of `rows` slots, and the RoPE tables."""
+    c = config
+    slot = c.hidden_size + 2 * c.num_attention_heads * c.head_dim + c.intermediate_size + c.vocab_size + 2
+    return 4 * (rows * slot + max_seq_len * c.head_dim)
+
+
 def prefill_bytes(
     config: DecoderConfig, chunk_tokens: int, max_seq_len: int, weight_bytes: int, cache_bytes: int
 ) -> int:

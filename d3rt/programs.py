@@ -26,10 +26,17 @@ class ProgramInfo:
     depth: float
     weight_bytes: int  # read by one replay
     replays: int
+    mode: (
+        str  # how: "tape" on cpu, "python" on reference; "graph", "captured", "eager" or "not built" on cuda
+    )
+    device_bytes: int  # taken by its graphs
 
     def __str__(self) -> str:
-        megabytes = self.weight_bytes / 1e6
-        return f"rows {self.rows}: {self.plan} ({self.depth} layers, {megabytes:.1f} MB, replayed {self.replays}x)"
+        taken = f" of {self.device_bytes / 1e6:.1f} MB" if self.device_bytes else ""
+        return (
+            f"rows {self.rows}: {self.plan} ({self.depth} layers, {self.weight_bytes / 1e6:.1f} MB, replayed "
+            f"{self.replays}x, {self.mode}{taken})"
+        )
 
 
 class Rows:

@@ -8,8 +8,9 @@ model's own.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -155,6 +156,28 @@ def empty_packed(format: str, rows: int, cols: int) -> PackedMatrix:
         if name != "minima" or format == "int4"
     }
     return PackedMatrix(format, rows, cols, **parts)
+
+
+def width_bytes(shape: Sequence[int], width: Width) -> int:
+    """Bytes of a parameter of that shape in that width; of an int4 one with minima, which it may have."""
+    if isinstance(width, torch.dtype):
+        return math.prod(shape) * width.itemsize
+    parts = packed_parts(width, *shape)
+    return sum(
+        math.prod(size) * dtype.itemsize
+        for name, (size, dtype) in parts.items()
+        if name != "minima" or width == "int4"
+    )
+
+
+def on_device(matrix: Matrix, device: torch.device) -> Matrix:
+    """The matrix there: the very same where it is there already."""
+    if not isinstance(matrix, PackedMatrix):
+        return matrix.to(device)
+    if matrix.data.device == device:
+        return matrix
+    parts = {name: getattr(matrix, name) for name in ("data", "scales", "minima")}
+    return replace(matrix, **{name: part.to(device) for name, part in parts.items() if part is not None})
 
 
 def tensors_of(matrix: Matrix) -> list[Tensor]:

@@ -13,7 +13,7 @@ import os
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -25,20 +25,21 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from d3rt import storage
 from d3rt.backends import make_backend
+from d3rt.backends.base import Needs
 from d3rt.detokenizer import Detokenizer
 from d3rt.errors import D3rtError, NotFiniteError, UnsupportedOptionError
 from d3rt.generation import Request, resolve
-from d3rt.kernels import reference
+from d3rt.kernels import kv_line, reference
 from d3rt.kv_cache import KVCache
-from d3rt.memory import MemoryReport, prefill_bytes
+from d3rt.memory import MemoryReport, buffer_bytes, prefill_bytes
 from d3rt.models import family_of
 from d3rt.models.decoder import Decoder, nbytes
 from d3rt.models.loading import open_model
-from d3rt.models.source import SharedModule, Source
+from d3rt.models.source import SharedModule, Source, parameters
 from d3rt.plan import LayerSet, Plan
 from d3rt.policies import FullDepth, Policy, parse
 from d3rt.programs import ProgramInfo, Rows
-from d3rt.quantize import Widths
+from d3rt.quantize import Width, Widths, width_bytes
 from d3rt.result import GenerateOutput, GenerationStats
 from d3rt.sampling import SamplingParams
 
@@ -70,9 +71,10 @@ def compile(
     model: the model, or what `d3rt.load_model` takes (a folder, a GGUF file, a hub id, None for the embedded one);
         that is read one matrix at a time, so that beside the runtime's weights no full copy of it takes memory.
     policy: which layers each step runs, as a Policy or its text form; None is FullDepth: the same tokens, faster.
-    backend: "auto" (cpu), "cpu", or "reference" (plain PyTorch, for tests).
+    backend: "auto" (cuda where a usable GPU is found, else cpu), "cpu", "cuda", or "reference" (plain PyTorch, for
+        tests).
     dtype: of weights and K,V cache: float32, bfloat16 or float16; None keeps the model's. Weights that already have
-        it are shared with the model, not copied.
+        it, and are on the backend's device, are shared with the model, not copied.
     weights: the width of the weights alone: a dtype, or "int8" or "int4" (groups of 32 columns; products with them
         quantise the activations to int8). Blocks of a GGUF file that have this width are taken as they are.
     lm_head: the same for the embedding and the lm_head; None is as `weights`, but int8 where those are int4.
@@ -91,7 +93,7 @@ def compile(
     widths = Widths.parse(dtype, weights, lm_head, kv_cache_dtype)
     chosen = make_backend(backend, threads)
     if isinstance(model, nn.Module):
-        source = SharedModule(model)
+        source = SharedModule(model, chosen.device)
     else:
         source, found = open_model(model, widths.load_dtype)
         tokenizer = tokenizer or found
@@ -190,16 +192,46 @@ class Runtime:
         self.generation_config = getattr(model, "generation_config", None) or GenerationConfig()
         self.last_run: GenerationStats | None = None
 
-        made = family.weights(source, self.widths.weights, self.widths.lm_head, backend.pack)
-        self._decoder = Decoder(self.config, made, backend.linear)
-        self._rope = family.rope_tables(model, self.max_seq_len)
-        self._cache = KVCache(self.config, batch_size, self.max_seq_len, self.dtype)
+        kept = family.widths(model, self.widths.weights, self.widths.lm_head)
+        backend.admit(self._needs(kept, parameters(model)))
+        with backend.scope():
+            made = family.weights(
+                source, self.widths.weights, self.widths.lm_head, backend.device, backend.pack
+            )
+            self._decoder = Decoder(self.config, made, backend.linear, backend.attend)
+            cos, sin = family.rope_tables(model, self.max_seq_len)
+            self._rope = cos.to(backend.device), sin.to(backend.device)
+            self._cache = KVCache(self.config, batch_size, self.max_seq_len, self.dtype, backend.device)
         backend.own_weights(self._decoder.weights.tensors())
         self._shared_bytes = _shared_bytes(model, self._decoder.weights.tensors())
         self._rows: dict[int, Rows] = {}
         self._lock = threading.Lock()
         self._pid = os.getpid()
         self._owner: int | None = None  # the thread whose generation runs
+
+    def _needs(self, widths: Mapping[str, Width], shapes: Mapping[str, Tensor]) -> Needs:
+        """What this runtime will ask of its backend, from the widths and shapes of the model's parameters."""
+        c = self.config
+        matrices = {width for name, width in widths.items() if shapes[name].dim() == 2}
+        line = c.num_key_value_heads * kv_line.width(c.head_dim, self.dtype) * self.dtype.itemsize
+        return Needs(
+            weight_dtypes=frozenset(matrices),
+            cache_dtype=self.dtype,
+            weights=sum(width_bytes(shapes[name].shape, width) for name, width in widths.items()),
+            kv_cache=2 * c.num_hidden_layers * self.batch_size * self.max_seq_len * line,
+            buffers=buffer_bytes(c, self.batch_size, self.max_seq_len),
+            prefill=self._prefill_bytes(),
+        )
+
+    def _prefill_bytes(self) -> int:
+        """At most, for one chunk; what the backend's products take comes on top (linear_bytes)."""
+        return prefill_bytes(
+            self.config,
+            min(PREFILL_CHUNK_TOKENS, self.batch_size * self.max_seq_len),
+            self.max_seq_len,
+            self.widths.weights.itemsize if isinstance(self.widths.weights, torch.dtype) else 4,
+            self.dtype.itemsize,
+        )
 
     def __repr__(self) -> str:
         return (
@@ -214,7 +246,8 @@ class Runtime:
         self, inputs: Tensor | None = None, generation_config: GenerationConfig | None = None, **kwargs
     ):
         """The same call and the same return as Hugging Face's `model.generate`: int64 [B, prompt + new], finished rows
-        padded; with return_dict_in_generate a GenerateOutput.
+        padded; with return_dict_in_generate a GenerateOutput. The answer is where `inputs` is; Python objects that see
+        every step are given CPU tensors.
 
         Runs in C++ from the first sampled token to the last, except when a Python object must see every step
         (logits_processor, stopping_criteria, stop_strings, max_time, output_scores, output_logits, and options that
@@ -237,13 +270,13 @@ class Runtime:
             if streamer is not None:
                 streamer.end()
             stats = self.last_run  # another thread may generate from here on
-        sequences = torch.cat([request.input_ids, torch.stack(new, dim=1)], dim=1)
+        sequences = torch.cat([request.input_ids, torch.stack(new, dim=1)], dim=1).to(request.device)
         if not request.return_dict:
             return sequences
         return GenerateOutput(
             sequences=sequences,
-            scores=tuple(scores) if request.output_scores else None,
-            logits=tuple(logits) if request.output_logits else None,
+            scores=tuple(each.to(request.device) for each in scores) if request.output_scores else None,
+            logits=tuple(each.to(request.device) for each in logits) if request.output_logits else None,
             stats=stats,
         )
 
@@ -340,12 +373,9 @@ class Runtime:
         """Prefill, then the tokens int64 [B] of each step. Leaves last_run, also when it is stopped midway."""
         rows = self._for_rows(request.batch)
         programs = [rows.number(plan) for plan in plans[1:]]
+        rows.loop.prepare(programs, None if request.stepwise else request.sampling, request.eos_tokens)
         begin = time.perf_counter()
-        self._cache.reset()
-        self._decoder.prefill(
-            request.prompts, plans[0].layer_set, self._cache, rows.buffers, PREFILL_CHUNK_TOKENS
-        )
-        rows.first_logits.replay()
+        self._prefill(request.prompts, plans[0].layer_set, rows)
         prefill_seconds = time.perf_counter() - begin
 
         step_seconds: list[float] = []
@@ -362,6 +392,14 @@ class Runtime:
             raise
         finally:
             self._note(request, plans, rows, prefill_seconds, step_seconds)
+
+    def _prefill(self, prompts: Sequence[Tensor], layers: LayerSet, rows: Rows) -> None:
+        """Reads the prompts (int64 [T_row], in host memory) into an empty cache; leaves the first step's logits."""
+        self._cache.reset()
+        with self.backend.scope():
+            there = [prompt.to(self.backend.device) for prompt in prompts]
+            self._decoder.prefill(there, layers, self._cache, rows.buffers, PREFILL_CHUNK_TOKENS)
+            rows.first_logits.replay()
 
     def _dispatch(
         self, request: Request, rows: Rows, programs: list[int], wait_for_all: bool
@@ -408,7 +446,7 @@ class Runtime:
             begin = time.perf_counter()
             if i > 0:
                 rows.loop.step(programs[i - 1])
-            raw = rows.buffers.logits.clone()
+            raw = rows.buffers.logits.to("cpu", copy=True)
             processed = request.processors(ids, raw.clone())
             if request.output_logits:
                 logits.append(raw)
@@ -451,7 +489,7 @@ class Runtime:
             layers=tuple(text[plan] for plan in ran),
             weight_bytes=(head, *(bytes_of[plan] for plan in ran[1:])),
             full_weight_bytes=self._decoder.step_bytes(Plan.of(LayerSet.full(layers))),
-            kv_bytes=(0, *self._kv_bytes(ran[1:], lengths, rows.buffers.pos.tolist())),
+            kv_bytes=(0, *self._kv_bytes(ran[1:], lengths, rows.loop.pos.tolist())),
             prefill_seconds=prefill_seconds,
             step_seconds=tuple(step_seconds),
         )
@@ -502,12 +540,14 @@ class Runtime:
 
     def _for_rows(self, rows: int) -> Rows:
         if rows not in self._rows:
-            self._rows[rows] = Rows(self.backend, self._decoder, self._cache, self._rope, rows)
+            with self.backend.scope():
+                self._rows[rows] = Rows(self.backend, self._decoder, self._cache, self._rope, rows)
         return self._rows[rows]
 
     def warmup(self, max_new_tokens: int | None = None, rows: int | None = None) -> int:
         """Records every step that a generation of up to max_new_tokens (default: all that fit) with `rows` rows
-        (default: batch_size) can need, so that no later call records; returns how many there are for these rows."""
+        (default: batch_size) can need, so that no later call records; returns how many there are for these rows. On
+        cuda also builds their graphs, for greedy tokens or drawn ones, as the generation_config has it."""
         rows = rows or self.batch_size
         if not 1 <= rows <= self.batch_size:
             raise ValueError(f"rows={rows}: it must be in 1..{self.batch_size} (batch_size).")
@@ -515,8 +555,12 @@ class Runtime:
         with self._exclusive():
             schedule = self.policy.schedule(self.config.num_hidden_layers, steps)
             kept = self._for_rows(rows)
-            for plan in schedule.every_plan(self.kv_fill):
-                kept.number(plan)
+            numbers = [kept.number(plan) for plan in schedule.every_plan(self.kv_fill)]
+            defaults = self.generation_config
+            sampling = SamplingParams(
+                do_sample=bool(defaults.do_sample), repetition_penalty=defaults.repetition_penalty or 1.0
+            )
+            kept.loop.prepare(numbers, sampling, ())
         return len(kept.numbers)
 
     def programs(self) -> list[ProgramInfo]:
@@ -528,6 +572,8 @@ class Runtime:
                 depth=plan.layer_set.depth,
                 weight_bytes=self._decoder.step_bytes(plan),
                 replays=rows.replays[plan],
+                mode=(built := rows.loop.built(rows.numbers[plan])).mode,
+                device_bytes=built.device_bytes,
             )
             for count, rows in self._rows.items()
             for plan in rows.numbers
@@ -542,13 +588,7 @@ class Runtime:
             own_weights=weights - self._shared_bytes,
             kv_cache=self._cache.nbytes,
             buffers=buffers + self.backend.scratch_bytes,
-            prefill=prefill_bytes(
-                self.config,
-                min(PREFILL_CHUNK_TOKENS, self.batch_size * self.max_seq_len),
-                self.max_seq_len,
-                self.widths.weights.itemsize if isinstance(self.widths.weights, torch.dtype) else 4,
-                self.dtype.itemsize,
-            )
+            prefill=self._prefill_bytes()
             + max(
                 self.backend.linear_bytes(w)
                 for layer in self._decoder.weights.layers

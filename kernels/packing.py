@@ -65,13 +65,20 @@ class PackedMatrix:
 
     def take(self, rows: Tensor) -> Tensor:
         """Some rows [N, cols] as float32, without unpacking the others; rows int64 [N]."""
-        tiles = torch.div(rows, TILE_ROWS, rounding_mode="floor")
-        kept, lane = tiles.unique(return_inverse=True)
-        minima = None if self.minima is None else self.minima[kept]
-        part = PackedMatrix(
-            self.format, len(kept) * TILE_ROWS, self.cols, self.data[kept], self.scales[kept], minima
-        )
-        return part.dequantize()[lane * TILE_ROWS + rows % TILE_ROWS]
+        tile, lane = rows // TILE_ROWS, rows % TILE_ROWS
+        codes = self.data[tile, :, :, lane]  # [N, groups, words, 4]; no shape depends on what `rows` holds
+        if self.format == "int4":
+            codes = torch.cat([codes & 15, codes >> 4], dim=2)
+        groups = codes.flatten(2).float()  # [N, groups, 32]
+        if self.minima is not None:
+            return (
+                groups.mul_(self.scales[tile, :, lane, None])
+                .add_(self.minima[tile, :, lane, None])
+                .flatten(1)
+            )
+        if self.format == "int4":
+            groups -= 8
+        return groups.mul_(self.scales[tile, :, lane, None]).flatten(1)
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The matrix [rows, cols] as floats."""

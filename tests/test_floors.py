@@ -86,10 +86,13 @@ def test_imports_go_down_only(path):
                 f"{module} is of the standard library only, but imports {name}"
             )
         if name == "d3rt._C":
-            assert module == "d3rt.backends.cpu", f"{module}: only d3rt.backends.cpu may import the extension"
+            assert module == "d3rt.backends.native", f"{module}: only d3rt.backends.native may import it"
         if top == "triton":
-            allowed = module == "d3rt.backends.cuda" or module.startswith("d3rt.kernels.cuda")
-            assert allowed, f"{module} imports triton"
+            assert module.startswith("d3rt.kernels.cuda"), f"{module} imports triton"
+        if name.startswith("d3rt.kernels.cuda") and not module.startswith("d3rt.kernels.cuda"):
+            assert module.startswith("d3rt.backends.cuda"), f"{module} imports {name}, which may need Triton"
+        if top == "flash_attn":
+            assert module == "d3rt.backends.cuda_prefill", f"{module} imports flash_attn"
 
 
 def test_the_test_sees_every_file_and_every_floor_exists():

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 
 from d3rt.backends.base import Backend
 from d3rt.errors import BackendUnavailableError
+
+logger = logging.getLogger("d3rt")
 
 
 def _cpu(threads: int | None) -> Backend:
@@ -21,18 +24,26 @@ def _reference(threads: int | None) -> Backend:
 
 
 def _cuda(threads: int | None) -> Backend:
-    raise BackendUnavailableError(
-        "backend 'cuda': this version of d3rt has no CUDA backend yet; available here: cpu, reference."
-    )
+    from d3rt.backends.cuda_device import find
+
+    found = find()
+    from d3rt.backends.cuda import CudaBackend  # needs Triton
+
+    return CudaBackend(found, threads=threads)
 
 
 _MAKERS: dict[str, Callable[[int | None], Backend]] = {"cpu": _cpu, "cuda": _cuda, "reference": _reference}
 
 
 def make_backend(name: str, threads: int | None = None) -> Backend:
-    """The backend called `name`; "auto" takes cpu. BackendUnavailableError says why one cannot be had here."""
+    """The backend called `name`; "auto" takes cuda where it can be had, else cpu. BackendUnavailableError says why one
+    cannot be had here."""
     if name == "auto":
-        name = "cpu"
+        try:
+            return _MAKERS["cuda"](threads)
+        except BackendUnavailableError as error:
+            logger.info("backend 'auto' takes cpu: %s", error)
+            name = "cpu"
     if name not in _MAKERS:
         raise BackendUnavailableError(f"backend {name!r}: unknown; choose one of auto, {', '.join(_MAKERS)}.")
     return _MAKERS[name](threads)

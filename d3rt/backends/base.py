@@ -7,10 +7,13 @@ the plainest example.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from d3rt.kernels.packing import PackedMatrix
 from d3rt.sampling import SamplingParams
@@ -18,7 +21,59 @@ from d3rt.sampling import SamplingParams
 
 def typed_linear(x: Tensor, w: Tensor) -> Tensor:
     """x [T, K] float32 times w [N, K]^T in w's dtype, as Hugging Face multiplies; float32 [T, N]."""
-    return torch.nn.functional.linear(x.to(w.dtype), w).float()
+    return F.linear(x.to(w.dtype), w).float()
+
+
+def causal_mask(queries: int, keys: int, window: int, device: torch.device) -> Tensor | None:
+    """bool [queries, keys]: what each query may see when the last query stands at the last key; None where SDPA's own
+    causal mask says the same."""
+    if queries == keys and not 0 < window < keys:
+        return None
+    distance = (
+        torch.arange(keys - queries, keys, device=device)[:, None]
+        - torch.arange(keys, device=device)[None, :]
+    )
+    return (distance >= 0) & (distance < window) if window else distance >= 0
+
+
+def causal_attention(q: Tensor, keys: Tensor, values: Tensor, scale: float, window: int) -> Tensor:
+    """The prefill's attention: queries [T, H, d] float32 over keys and values [G, T', d], of which the last T are the
+    queries' own; each sees itself and what is before it, `window` positions at most (0: all). Float32 [T, H, d].
+
+    The products are in the keys' dtype, by torch's scaled_dot_product_attention.
+    """
+    mask = causal_mask(len(q), keys.shape[1], window, q.device)
+    out = F.scaled_dot_product_attention(
+        q.transpose(0, 1).unsqueeze(0).to(keys.dtype),
+        keys.unsqueeze(0),
+        values.unsqueeze(0),
+        attn_mask=mask,
+        is_causal=mask is None,
+        scale=scale,
+        enable_gqa=True,
+    )
+    return out.squeeze(0).transpose(0, 1).float()
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a runtime is about to ask of a backend. Sizes in bytes; dtypes are the distinct ones of matrices and of the
+    K,V cache."""
+
+    weight_dtypes: frozenset[str | torch.dtype]  # "int8" and "int4" for packed ones
+    cache_dtype: torch.dtype
+    weights: int
+    kv_cache: int
+    buffers: int
+    prefill: int
+
+
+@dataclass(frozen=True)
+class Built:
+    """How a recorded step is replayed, and the device memory that took beside the buffers."""
+
+    mode: str
+    device_bytes: int
 
 
 class Loop(Protocol):
@@ -28,8 +83,21 @@ class Loop(Protocol):
     step `step` (not for step 0, whose logits the prefill left) and `commit`.
     """
 
+    pos: Tensor
+    """int32 [B] in host memory: each slot's position, right whenever no generation runs."""
+
     def add(self, program: Any, reads: Sequence[int], fills: Sequence[int]) -> int:
         """Adds a recorded step; `reads` are the layers whose attention runs, `fills` those it only writes K,V of."""
+
+    def prepare(
+        self, programs: Sequence[int], sampling: SamplingParams | None, eos_tokens: Sequence[int]
+    ) -> None:
+        """Builds what a generation with these will replay, as far as it is not there yet, so that `start` does not have
+        to; sampling None: what the driven path will. It may leave anything in the buffers and in the cache: before a
+        prefill only."""
+
+    def built(self, program: int) -> Built:
+        """What has been built of it so far."""
 
     def start(
         self,
@@ -67,6 +135,14 @@ class Backend(Protocol):
 
     name: str
     threads: int
+    device: torch.device
+    """Where weights, cache and buffers lie."""
+
+    def admit(self, needs: Needs) -> None:
+        """Refuses what cannot run here, before any work: BackendUnavailableError or UnsupportedOptionError."""
+
+    def scope(self) -> AbstractContextManager[Any]:
+        """Whatever torch does with tensors on `device` goes inside: it is then in order with the recorded steps."""
 
     @property
     def scratch_bytes(self) -> int:
@@ -88,11 +164,15 @@ class Backend(Protocol):
     def linear(self, x: Tensor, w: Tensor | PackedMatrix) -> Tensor:
         """x [T, K] float32 times w [N, K]^T, at once: the prefill's products. Float32 [T, N]."""
 
+    def attend(self, q: Tensor, keys: Tensor, values: Tensor, scale: float, window: int) -> Tensor:
+        """The prefill's attention, see causal_attention."""
+
     def linear_bytes(self, w: Tensor | PackedMatrix) -> int:
         """Bytes that `linear` takes for w beside its arguments and what prefill_bytes counts."""
 
     def loop(self, token: Tensor, pos: Tensor, logits: Tensor, filled: Tensor) -> Loop:
-        """The decode loop over these buffers: token, pos [B] and filled [L, B] int32, logits [B, V] float32."""
+        """The decode loop over these buffers: token, pos [B] int32 and logits [B, V] float32 on `device`, filled [L, B]
+        int32 in host memory."""
 
     def describe(self) -> dict[str, str]:
         """What `d3rt info` shows of it."""

@@ -1,37 +1,22 @@
-"""The cpu backend: C++ SIMD kernels recorded into tapes, and the C++ dispatcher that replays them (csrc/).
-
-The only file that imports d3rt._C, on first use.
-"""
+"""The cpu backend: C++ SIMD kernels recorded into tapes, and the C++ dispatcher that replays them (csrc/)."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import asdict
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from d3rt.backends.base import typed_linear
+from d3rt.backends.base import Built, Needs, causal_attention, typed_linear
 from d3rt.backends.cores import usable_cores
-from d3rt.errors import BackendUnavailableError
+from d3rt.backends.native import native
+from d3rt.backends.packer import native_pack
 from d3rt.kernels.packing import PackedMatrix
-from d3rt.quantize import empty_packed, pack_in_slabs
 from d3rt.sampling import SamplingParams
-
-
-def native() -> Any:
-    """The extension module; BackendUnavailableError says how to build it when it is missing."""
-    try:
-        from d3rt import _C
-    except ImportError as error:
-        raise BackendUnavailableError(
-            f"backend 'cpu': the extension d3rt._C does not load ({error}); build it with 'pip install -e .'; "
-            "available here: reference."
-        ) from error
-    return _C
 
 
 def gemm_dtypes(cpuinfo: str = "/proc/cpuinfo") -> set[torch.dtype]:
@@ -53,14 +38,14 @@ _GEMM_FLAGS = {
     torch.bfloat16: {"amx_bf16", "avx512_bf16", "bf16"},
     torch.float16: {"amx_fp16", "avx512_fp16", "asimdhp"},
 }
-_PACKABLE_DTYPES = {torch.float32, torch.bfloat16, torch.float16}
 
 
 class CpuLoop:
     """csrc's Dispatcher; only `start` differs, in how it is given its parameters."""
 
-    def __init__(self, dispatcher: Any):
+    def __init__(self, dispatcher: Any, pos: Tensor):
         self._dispatcher = dispatcher
+        self.pos = pos
         for name in ("add", "wait", "read", "cancel", "begin", "step", "commit"):
             setattr(self, name, getattr(dispatcher, name))
 
@@ -73,6 +58,12 @@ class CpuLoop:
             seen=seen,
         )
 
+    def prepare(self, programs, sampling, eos_tokens) -> None:
+        """A tape is all there is to build."""
+
+    def built(self, program: int) -> Built:
+        return Built("tape", 0)
+
     @property
     def step_seconds(self) -> list[float]:
         return self._dispatcher.step_seconds
@@ -82,6 +73,9 @@ class CpuBackend:
     """C++ SIMD kernels on `threads` threads (default: every core this process may use, cores.py)."""
 
     name = "cpu"
+    device = torch.device("cpu")
+    scope = nullcontext
+    attend = staticmethod(causal_attention)
 
     def __init__(self, threads: int | None = None):
         _C = native()
@@ -105,11 +99,7 @@ class CpuBackend:
         self._arena.use_large_pages()
 
     def pack(self, weight: Tensor, format: str) -> PackedMatrix:
-        if weight.dtype not in _PACKABLE_DTYPES or weight.stride(1) != 1:
-            return pack_in_slabs(weight, format)
-        packed = empty_packed(format, *weight.shape)
-        native().pack(self._pool, packed, weight)
-        return packed
+        return native_pack(self._pool, weight, format)
 
     def record(self, step: Callable[[Any], None]) -> Any:
         tape = native().Tape(self._pool, self._arena)
@@ -143,7 +133,10 @@ class CpuBackend:
         return 0 if w.dtype in self._gemm_dtypes else 4 * w.numel()
 
     def loop(self, token, pos, logits, filled) -> CpuLoop:
-        return CpuLoop(native().Dispatcher(self._arena, token, pos, logits, filled))
+        return CpuLoop(native().Dispatcher(self._arena, token, pos, logits, filled), pos)
+
+    def admit(self, needs: Needs) -> None:
+        """Everything that compile takes runs here, and memory is taken only as it is written."""
 
     def describe(self) -> dict[str, str]:
         _C = native()

@@ -5,12 +5,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from d3rt.backends.base import typed_linear
+from d3rt.backends.base import Built, Needs, causal_attention, typed_linear
 from d3rt.errors import NotFiniteError
 from d3rt.kernels import reference
 from d3rt.kernels.packing import PackedMatrix
@@ -34,6 +35,7 @@ class ReferenceLoop:
 
     def __init__(self, token: Tensor, pos: Tensor, logits: Tensor, filled: Tensor):
         self._token, self._pos, self._logits, self._filled = token, pos, logits, filled
+        self.pos = pos
         self._programs: list[tuple[Any, Sequence[int], Sequence[int]]] = []
         self._finished = torch.zeros(len(token), dtype=torch.bool)
         self._run: dict[str, Any] | None = None
@@ -43,6 +45,12 @@ class ReferenceLoop:
     def add(self, program, reads, fills) -> int:
         self._programs.append((program, reads, fills))
         return len(self._programs) - 1
+
+    def prepare(self, programs, sampling, eos_tokens) -> None:
+        """A closure is all there is to build."""
+
+    def built(self, program: int) -> Built:
+        return Built("python", 0)
 
     def begin(self) -> None:
         self._finished = torch.zeros(len(self._token), dtype=torch.bool)
@@ -133,6 +141,9 @@ class ReferenceBackend:
 
     name = "reference"
     scratch_bytes = 0  # torch takes and frees its own
+    device = torch.device("cpu")
+    scope = nullcontext
+    attend = staticmethod(causal_attention)
 
     def __init__(self, threads: int | None = None):
         self.threads = threads or torch.get_num_threads()
@@ -157,6 +168,9 @@ class ReferenceBackend:
 
     def loop(self, token, pos, logits, filled) -> ReferenceLoop:
         return ReferenceLoop(token, pos, logits, filled)
+
+    def admit(self, needs: Needs) -> None:
+        """Everything that compile takes runs here."""
 
     def describe(self) -> dict[str, str]:
         return {"runs": "plain PyTorch, for tests", "threads": str(self.threads)}

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from d3rt.backends.base import causal_attention
 from d3rt.config import DecoderConfig
 from d3rt.kernels import kv_line, reference
 from d3rt.kernels.packing import PackedMatrix
@@ -90,19 +92,21 @@ def nbytes(parts: Sequence[Matrix]) -> int:
 
 
 class StepBuffers:
-    """The static buffers of a decode step of `rows` slots: every recorded step reads and writes these and no others."""
+    """The static buffers of a decode step of `rows` slots, where the cache is: every recorded step reads and writes
+    these and no others."""
 
     def __init__(self, config: DecoderConfig, cache: KVCache, cos: Tensor, sin: Tensor, rows: int):
         c = config
         self.rows = rows
-        self.token = torch.zeros(rows, dtype=torch.int32)
-        self.pos = torch.zeros(rows, dtype=torch.int32)
-        self.x = torch.zeros(rows, c.hidden_size)
-        self.q = torch.zeros(rows, c.num_attention_heads, c.head_dim)
-        self.attended = torch.zeros(rows, c.num_attention_heads, c.head_dim)
+        self.token = torch.zeros(rows, dtype=torch.int32, device=cache.k.device)
+        self.pos = torch.zeros_like(self.token)
+        zeros = partial(torch.zeros, rows, device=cache.k.device)
+        self.x = zeros(c.hidden_size)
+        self.q = zeros(c.num_attention_heads, c.head_dim)
+        self.attended = zeros(c.num_attention_heads, c.head_dim)
         self.attended_flat = self.attended.view(rows, -1)
-        self.h = torch.zeros(rows, c.intermediate_size)
-        self.logits = torch.zeros(rows, c.vocab_size)
+        self.h = zeros(c.intermediate_size)
+        self.logits = zeros(c.vocab_size)
         self.k = [cache.k[layer, :rows] for layer in range(c.num_hidden_layers)]
         self.v = [cache.v[layer, :rows] for layer in range(c.num_hidden_layers)]
         self.filled = cache.filled[:, :rows]
@@ -122,11 +126,18 @@ class StepBuffers:
 class Decoder:
     """A Llama-like decoder over the fused ops of d3rt.kernels.reference."""
 
-    def __init__(self, config: DecoderConfig, weights: DecoderWeights, linear=reference.linear):
-        """linear(x [T, K], w [N, K]) -> [T, N] float32: how the prefill multiplies (backends/base.py)."""
+    def __init__(
+        self,
+        config: DecoderConfig,
+        weights: DecoderWeights,
+        linear=reference.linear,
+        attention=causal_attention,
+    ):
+        """linear(x [T, K], w [N, K]) -> [T, N] float32, and attention: how the prefill does them (backends/base.py)."""
         self.config = config
         self.weights = weights
         self._product = linear
+        self._attention = attention
 
     def decode_step(self, ops, plan: Plan, buf: StepBuffers) -> None:
         """One decode step: the token in buf.token at buf.pos through the sublayers that `plan` runs, to buf.logits.
@@ -176,7 +187,8 @@ class Decoder:
     def prefill(
         self, prompts: Sequence[Tensor], layers: LayerSet, cache: KVCache, buf: StepBuffers, chunk_tokens: int
     ) -> None:
-        """Runs prompts[row] (int64 [T_row]) through `layers` into slot `row` of the cache, from position 0.
+        """Runs prompts[row] (int64 [T_row], where the cache is) through `layers` into slot `row` of the cache, from
+        position 0.
 
         Leaves the last token's hidden state of each row in buf.x, its position in buf.pos, and the filled lengths in
         the cache. Tokens of all rows are packed end to end (no padding is computed) and cut into chunks of at most
@@ -198,13 +210,13 @@ class Decoder:
             if pieces:
                 self._prefill_chunk(prompts, pieces, layers, cache, buf)
             for row, prompt in enumerate(prompts):
-                buf.pos[row] = len(prompt) - 1
+                buf.pos[row].fill_(len(prompt) - 1)  # an assignment would copy it from host memory
                 cache.set_prompt(row, len(prompt), layers.attention_layers)
 
     def _prefill_chunk(self, prompts, pieces, layers: LayerSet, cache: KVCache, buf: StepBuffers) -> None:
         c, w = self.config, self.weights
         tokens = torch.cat([prompts[row][start:stop] for row, start, stop in pieces])
-        positions = torch.cat([torch.arange(start, stop) for _, start, stop in pieces])
+        positions = torch.cat([torch.arange(start, stop, device=tokens.device) for _, start, stop in pieces])
         cos, sin = buf.cos[positions, None], buf.sin[positions, None]  # [T, 1, d/2]
         embedded = w.embed.take(tokens) if isinstance(w.embed, PackedMatrix) else w.embed[tokens]
         x = embedded.float()  # [T, D]
@@ -253,21 +265,6 @@ class Decoder:
         """
         window = self.config.sliding_windows[layer]
         first = max(0, start + 1 - window) if window else 0
-        lines = (kept[layer, row, :, first:stop].unsqueeze(0) for kept in (cache.k, cache.v))
-        keys, values = (
-            kv_line.decode(line) if line.dtype == torch.int8 else line for line in lines
-        )  # [1, G, T', d]
-        mask = None
-        if start > 0 or (window and stop - first > window):
-            distance = torch.arange(start, stop)[:, None] - torch.arange(first, stop)[None, :]
-            mask = (distance >= 0) & (distance < window) if window else distance >= 0
-        out = F.scaled_dot_product_attention(
-            q.transpose(0, 1).unsqueeze(0).to(keys.dtype),
-            keys,
-            values,
-            attn_mask=mask,
-            is_causal=mask is None,
-            scale=self.config.attention_scale,
-            enable_gqa=True,
-        )
-        return out.squeeze(0).transpose(0, 1).float()
+        lines = (kept[layer, row, :, first:stop] for kept in (cache.k, cache.v))
+        keys, values = (kv_line.decode(line) if line.dtype == torch.int8 else line for line in lines)
+        return self._attention(q, keys, values, self.config.attention_scale, window)

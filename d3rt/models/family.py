@@ -17,7 +17,7 @@ from d3rt.errors import UnsupportedModelError
 from d3rt.kernels.packing import PackedMatrix
 from d3rt.models.decoder import DecoderWeights, LayerWeights
 from d3rt.models.source import Source, is_tied, parameters
-from d3rt.quantize import Matrix, Pack, Width, check_columns, convert, pack_in_slabs
+from d3rt.quantize import Matrix, Pack, Width, check_columns, convert, on_device, pack_in_slabs
 
 # Hugging Face's names: of a layer's parameters by the field of LayerWeights that they become, and of the others.
 MATRICES = {
@@ -130,10 +130,16 @@ class Family:
         return kept
 
     def weights(
-        self, source: Source, width: Width, head_width: Width, pack: Pack = pack_in_slabs
+        self,
+        source: Source,
+        width: Width,
+        head_width: Width,
+        device: torch.device | str = "cpu",
+        pack: Pack = pack_in_slabs,
     ) -> DecoderWeights:
-        """The source's weights in `width`, the embedding and the lm_head in `head_width`: the very tensors that it
-        hands out where they are that already and contiguous, else made of them one by one, packed by `pack`.
+        """The source's weights on `device` in `width`, the embedding and the lm_head in `head_width`: the very tensors
+        that it hands out where they are that already and contiguous, else made of them, packed by `pack`, and moved
+        one by one.
 
         Norms and biases are copied to float32 (some kB): every kernel reads them so. Raises as `widths`, before
         anything is taken.
@@ -142,11 +148,9 @@ class Family:
         for name, kept in self.widths(source.model, width, head_width).items():
             taken = source.take(name, kept)
             is_matrix = isinstance(taken, PackedMatrix) or taken.dim() == 2
-            if is_matrix:
-                made[name] = convert(name, taken, kept, pack)
-            else:
-                made[name] = taken.to(kept, copy=True).contiguous()
-            del taken  # before the next one is read
+            weight = convert(name, taken, kept, pack) if is_matrix else taken.to(kept, copy=True).contiguous()
+            made[name] = on_device(weight, torch.device(device))
+            del taken, weight  # before the next one is read
         layers = tuple(
             LayerWeights(
                 **{field: made.get(name_in(layer, part)) for field, part in (MATRICES | VECTORS).items()}

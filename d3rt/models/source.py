@@ -32,12 +32,12 @@ class Source(Protocol):
 class SharedModule:
     """A model that its owner goes on using: nothing of it is changed.
 
-    UnsupportedModelError when it is not on the CPU.
+    UnsupportedModelError when it is neither on the CPU nor on `device`, where the weights will be.
     """
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: nn.Module, device: torch.device | str = "cpu"):
         for parameter in model.parameters():
-            if parameter.device.type != "cpu":
+            if parameter.device.type != "cpu" and parameter.device != torch.device(device):
                 raise UnsupportedModelError(
                     f"the model is on device '{parameter.device}'; its weights are read where they lie, so they must "
                     "be on the CPU: model.cpu()."

@@ -590,19 +590,21 @@ def advance(
     finished: Tensor,
     *,
     eos: Tensor | None = None,
-    pad: int = 0,
+    pad: int | Tensor = 0,
     step: Tensor | None = None,
     ring: Tensor | None = None,
 ) -> list[Launch]:
     """reference.advance; with eos int32 [E] it also notes who finishes, with step int32 [1] it counts, and with ring
-    int32 [R, B] it hands the tokens on. finished: bool or uint8 [B]."""
+    int32 [R, B] it hands the tokens on. finished: bool or uint8 [B]. pad: what a finished slot emits, compiled in or
+    int32 [1]."""
     batch = len(token)
     _check_batch("advance", batch)
     if ring is not None and step is None:
         raise ValueError("advance: a ring needs the step that says which of its lines is next.")
     values = {
         **{"token": token, "pos": pos, "next_token": next_token, "finished": finished.view(torch.uint8)},
-        **{"eos": eos, "step": step, "ring": ring, "PAD": pad},
+        **{"eos": eos, "step": step, "ring": ring},
+        **({"pad": pad, "PAD": 0} if isinstance(pad, Tensor) else {"pad": None, "PAD": pad}),
         **{"NUM_EOS": 0 if eos is None else len(eos), "RING": 0 if ring is None else len(ring)},
         **{"B": batch, "B_BLOCK": triton.next_power_of_2(batch)},
     }

@@ -221,6 +221,7 @@ def advance(
     next_token,  # [B] int32
     finished,  # [B] uint8, in and out
     eos,  # [NUM_EOS] int32, or None: then nothing finishes
+    pad,  # [1] int32, what a slot that had finished before emits; None: PAD
     step,  # [1] int32, in and out, or None
     ring,  # [RING, B] int32, out, or None: the tokens for the host, line step % RING
     PAD: tl.constexpr,
@@ -230,13 +231,16 @@ def advance(
     B_BLOCK: tl.constexpr,
 ):
     """reference.advance; then notes which slots have finished, and hands the tokens to the ring. A slot that had
-    finished before emits PAD; an error of `sample` goes to the ring as it is and finishes its slot. grid (1,)"""
+    finished before emits pad; an error of `sample` goes to the ring as it is and finishes its slot. grid (1,)"""
     slot = tl.arange(0, B_BLOCK)
     mask = slot < B
     done = tl.load(finished + slot, mask=mask, other=1) != 0
     chosen = tl.load(next_token + slot, mask=mask, other=0)
     if eos is not None:
-        chosen = tl.where(done, PAD, chosen)
+        if pad is None:
+            chosen = tl.where(done, PAD, chosen)
+        else:
+            chosen = tl.where(done, tl.load(pad), chosen)
     tl.store(pos + slot, tl.load(pos + slot, mask=mask, other=0) + tl.where(done, 0, 1), mask=mask)
     tl.store(token + slot, tl.maximum(chosen, 0), mask=mask)
     if step is not None:

@@ -9,11 +9,14 @@ from pathlib import Path
 
 import pytest
 import stories260k
+import tiny_models
 import torch
 from api_models import BACKENDS, batch, compiled, shared_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import d3rt
+from d3rt.backends.cpu import CpuBackend
+from d3rt.models.decoder import nbytes
 
 TESTS = Path(__file__).resolve().parents[1]
 NORMS = 4 * 64 * (2 * 5 + 1)  # float32, two for each layer and the last
@@ -274,3 +277,23 @@ def test_a_gguf_file_is_packed_without_the_whole_model_in_floats(tmp_path):
     measured = peak_of_reading(script, "-", "int8", folder=tmp_path)
     # The floats alone are 513 MiB. The reader's metadata, which is not ours to shrink, takes more than the weights.
     assert measured["peak"] <= 400 * MIB
+
+
+@pytest.mark.parametrize(
+    ("options", "dtypes"),
+    [
+        (dict(), {torch.float32}),
+        (dict(dtype=torch.bfloat16), {torch.bfloat16}),
+        (dict(weights="int8", lm_head="fp16", kv_cache_dtype="int8"), {"int8", torch.float16}),
+    ],
+)
+def test_a_backend_is_told_beforehand_what_it_will_be_asked_for(monkeypatch, options, dtypes):
+    told = []
+    monkeypatch.setattr(CpuBackend, "admit", lambda backend, needs: told.append(needs))
+    model = tiny_models.fresh("llama", **tiny_models.PACKABLE)
+    fast = d3rt.compile(model, max_seq_len=70, batch_size=3, threads=1, backend="cpu", **options)
+    (needs,) = told
+    assert needs.weight_dtypes == dtypes and needs.cache_dtype == fast._cache.k.dtype
+    assert needs.weights == nbytes(fast._decoder.weights.tensors())
+    assert needs.kv_cache == fast.memory().kv_cache
+    assert needs.buffers == nbytes(fast._rope) + fast._for_rows(3).buffers.nbytes

@@ -45,6 +45,29 @@ def test_a_model_that_nobody_has_lets_go_of_each_parameter_as_it_is_taken(name, 
         assert torch.equal(ours, theirs)
 
 
+@pytest.mark.parametrize("width", ["int8", torch.bfloat16, torch.float32])
+def test_weights_are_moved_to_another_device_one_by_one(monkeypatch, width):
+    """The meta device stands for a GPU here."""
+    model = tiny_models.fresh("llama-biases", **tiny_models.PACKABLE)
+    kept, left = len(family_of(model.config).widths(model, width, width)), []
+
+    def noting(matrix, device):
+        left.append(held(model))
+        return quantize.on_device(matrix, device)
+
+    monkeypatch.setattr("d3rt.models.family.on_device", noting)
+    made = family_of(model.config).weights(OwnedModule(model), width, width, "meta")
+    assert {tensor.device.type for tensor in made.tensors()} == {"meta"}
+    assert len(left) == kept and all(less < more for more, less in zip(left, left[1:], strict=False))
+
+
+def test_a_model_may_be_where_its_weights_will_be_and_nowhere_else():
+    model = tiny_models.fresh("llama").to("meta")
+    SharedModule(model, "meta")
+    with pytest.raises(UnsupportedModelError, match="on device 'meta'.*model.cpu()"):
+        SharedModule(model)
+
+
 @pytest.mark.parametrize("width", ["int4", torch.float16])
 def test_a_model_that_somebody_uses_keeps_every_parameter(width):
     model = tiny_models.fresh("llama", **tiny_models.PACKABLE)

@@ -1,0 +1,134 @@
+#include "loop.h"
+
+#include <unistd.h>
+
+#include <algorithm>
+#include <chrono>
+
+namespace d3rt {
+namespace {
+
+// A waiting time that the clock can add to now; 3 years stand for anything longer.
+std::chrono::duration<double> at_most(double seconds) {
+  constexpr double kLongest = 1e8;
+  if (!(seconds < kLongest)) return std::chrono::duration<double>(kLongest);
+  return std::chrono::duration<double>(std::max(seconds, 0.0));
+}
+
+}  // namespace
+
+Loop::Loop(TensorView pos, TensorView filled)
+    : kv_(pos, filled), finished_(static_cast<size_t>(kv_.batch()), false), owner_pid_(getpid()) {}
+
+void Loop::end() {
+  // A forked child has not got the thread, only a stale handle that cannot be joined.
+  if (getpid() != owner_pid_) {
+    static_cast<void>(new std::thread(std::move(thread_)));
+    return;
+  }
+  cancel();
+}
+
+Loop::Turn Loop::idle_turn(const char* what) {
+  Turn turn(control_);
+  std::lock_guard<std::mutex> lock(mutex_);
+  if (running_) throw Error(std::string("dispatcher: cannot ") + what + " while a generation runs");
+  return turn;
+}
+
+void Loop::join() {
+  if (thread_.joinable()) thread_.join();
+}
+
+int Loop::add_program(LayerUse use) {
+  kv_.check_layers(use);
+  programs_.push_back(std::move(use));
+  return static_cast<int>(programs_.size()) - 1;
+}
+
+const LayerUse& Loop::program(int number) const {
+  if (number < 0 || number >= static_cast<int>(programs_.size()))
+    throw InvalidArgument("dispatcher: no program " + std::to_string(number) + "; there are " +
+                          std::to_string(programs_.size()));
+  return programs_[static_cast<size_t>(number)];
+}
+
+void Loop::begin() {
+  const Turn turn = idle_turn("begin");
+  finished_.assign(finished_.size(), false);
+}
+
+void Loop::run(size_t steps, std::function<void()> body) {
+  join();
+  finished_.assign(finished_.size(), false);
+  cancelled_.store(false);
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
+    log_.clear();
+    log_.reserve(steps * static_cast<size_t>(batch()));  // no allocation between tokens
+    step_seconds_.clear();
+    step_seconds_.reserve(steps);
+    error_ = nullptr;
+    running_ = true;
+  }
+  try {
+    thread_ = std::thread([this, body = std::move(body)] {
+      std::exception_ptr error;
+      try {
+        body();
+      } catch (...) {
+        error = std::current_exception();
+      }
+      std::lock_guard<std::mutex> lock(mutex_);
+      error_ = error;
+      running_ = false;
+      progress_.notify_all();
+    });
+  } catch (...) {  // no thread to be had: the loop stays usable
+    std::lock_guard<std::mutex> lock(mutex_);
+    running_ = false;
+    throw;
+  }
+}
+
+void Loop::log(const std::vector<int32_t>& tokens, double seconds) {
+  std::lock_guard<std::mutex> lock(mutex_);
+  log_.insert(log_.end(), tokens.begin(), tokens.end());
+  step_seconds_.push_back(seconds);
+  if (token_readers_ > 0) progress_.notify_all();  // whoever waits for the end only is not woken for a token
+}
+
+bool Loop::wait(double seconds) {
+  std::unique_lock<std::mutex> lock(mutex_);
+  const bool ended = progress_.wait_for(lock, at_most(seconds), [&] { return !running_; });
+  if (ended && error_) std::rethrow_exception(error_);
+  return ended;
+}
+
+std::vector<int32_t> Loop::read(size_t first_step, double seconds, bool* ended) {
+  std::unique_lock<std::mutex> lock(mutex_);
+  const size_t from = first_step * static_cast<size_t>(batch());
+  ++token_readers_;
+  progress_.wait_for(lock, at_most(seconds), [&] { return log_.size() > from || !running_; });
+  --token_readers_;
+  if (log_.size() > from) {
+    *ended = false;
+    return {log_.begin() + static_cast<std::ptrdiff_t>(from), log_.end()};
+  }
+  *ended = !running_;
+  if (*ended && error_) std::rethrow_exception(error_);
+  return {};
+}
+
+void Loop::cancel() {
+  std::lock_guard<std::mutex> turn(control_);
+  cancelled_.store(true);
+  join();
+}
+
+std::vector<double> Loop::step_seconds() const {
+  std::lock_guard<std::mutex> lock(mutex_);
+  return step_seconds_;
+}
+
+}  // namespace d3rt
