@@ -15,8 +15,8 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def native_pack(pool: Any, weight: Tensor, format: str) -> PackedMatrix:
-    """weight [rows, cols] as int8 or int4, on the threads of a _C.ThreadPool. What the native packer does not read (other
-    dtypes, strides, devices) is packed by the definition; the bits are the same."""
+    """weight [rows, cols] as int8 or int4, on the threads of a _C.ThreadPool. What the native packer does not read
+    (other dtypes, strides, devices) is packed by the definition; the bits are the same."""
     if weight.device.type != "cpu" or weight.dtype not in _DTYPES or weight.stride(1) != 1:
         return pack_in_slabs(weight, format)
     packed = empty_packed(format, *weight.shape)
