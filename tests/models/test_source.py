@@ -117,7 +117,7 @@ def test_a_backend_that_packs_is_given_every_matrix_that_is_packed(width):
         given.append((tuple(weight.shape), format))
         return quantize.pack_in_slabs(weight, format)
 
-    made = family_of(model.config).weights(SharedModule(model), width, "int8", watched)
+    made = family_of(model.config).weights(SharedModule(model), width, "int8", pack=watched)
     matrices = [part for layer in made.layers for part in layer.parts() if isinstance(part, PackedMatrix)]
     assert sorted(given) == sorted(
         [(m.shape, width) for m in matrices] + [(m.shape, "int8") for m in {made.embed, made.lm_head}]
