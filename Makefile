@@ -14,7 +14,7 @@ BUILD_INPUTS = setup.py pyproject.toml CMakeLists.txt $(shell find csrc -type f 
 SANITIZED := build/csrc-sanitized
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test pytest csrc-test csrc-test-threads bench lint format wheel clean
+.PHONY: help venv demo test pytest csrc-test csrc-test-threads bench gpu-check gpu-bench lint format wheel clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -62,6 +62,12 @@ csrc-test-threads: venv ## run the C++ tests under ThreadSanitizer
 bench: venv ## run the benchmarks; results go to out/bench/ as JSON
 	@mkdir -p out/bench
 	$(BIN)/pytest bench/ --benchmark-only --benchmark-json=out/bench/$$(date -u +%Y%m%dT%H%M%SZ).json
+
+gpu-check: venv ## is d3rt right on this GPU? a verdict and a report in out/gpu/ (5 minutes)
+	@$(BIN)/python bench/gpu_check.py
+
+gpu-bench: venv ## time d3rt on this GPU beside others; a report in out/gpu/ (15 minutes)
+	@$(BIN)/python bench/gpu.py
 
 lint: .venv/.installed ## check style: ruff and clang-format
 	$(BIN)/ruff check .
