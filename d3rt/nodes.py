@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from d3rt.kernels.packing import FORMATS, PackedMatrix
+from d3rt.kernels.packing import FORMATS, GROUP, TILE_ROWS, PackedMatrix, pack
 from d3rt.kernels.reference import FillLayer
 from d3rt.kv_cache import KVCache
 from d3rt.models import family_of
@@ -114,6 +115,12 @@ def _multiply_adds(rows: int, *weights: Matrix) -> int:
     return sum(w.shape[0] * w.shape[1] * (rows + isinstance(w, PackedMatrix)) for w in weights)
 
 
+@cache
+def packed_tile(format: str) -> PackedMatrix:
+    """The smallest matrix that packing makes of a dense one: whether it has minima, and its bytes a weight."""
+    return pack(torch.zeros(TILE_ROWS, GROUP), format)
+
+
 class OutlineSource:
     """A Source of parameters that have shape and width, and no memory."""
 
@@ -128,7 +135,7 @@ class OutlineSource:
         parts = {
             part: torch.empty(size, dtype=dtype, device="meta")
             for part, (size, dtype) in packed_parts(width, *shape).items()
-            if part != "minima"  # packing makes none
+            if part != "minima" or packed_tile(width).minima is not None
         }
         return PackedMatrix(width, *shape, **parts)
 

@@ -20,7 +20,7 @@ from rich.table import Table
 from d3rt.errors import UnsupportedOptionError
 from d3rt.gpus import GPUS, Gpu
 from d3rt.models.loading import load_config
-from d3rt.nodes import Outline
+from d3rt.nodes import Outline, packed_tile
 from d3rt.plan import LayerSet, Plan
 from d3rt.policies import D3, Policy, parse
 from d3rt.quantize import FORMATS, Widths
@@ -252,8 +252,8 @@ GPT_FAST_FIGURES = {
     ("meta-llama/Llama-2-70b-hf", "int4"): 25.25,
 }
 GPT_FAST_TOKENS = 200
-# Its bytes a weight over ours: int8 has one scale a row, int4 a scale and a zero point, both bfloat16, a group of 32.
-GPT_FAST_BYTES = {"int8": 1 / (1 + 2 / 32), "int4": (0.5 + 4 / 32) / (0.5 + 2 / 32)}
+# Its bytes a weight: int8 has one scale a row, int4 a scale and a zero point, both bfloat16, a group of 32.
+GPT_FAST_BYTES = {"int8": 1.0, "int4": 0.5 + 4 / 32}
 # pytorch.org/blog/accelerating-generative-ai-2: the same model before anything was done about it.
 GPT_FAST_EAGER = 25.5
 
@@ -280,7 +280,10 @@ def check() -> list[Published]:
         plans = [Plan.of(LayerSet.full(layers))] * GPT_FAST_TOKENS
         nodes = Counter({Node("other"): GPT_FAST_MORE_NODES * layers})
         for node, count in outline.nodes(plans[0]).items():
-            share = GPT_FAST_BYTES.get(weights, 1)
+            share = 1.0
+            if weights in GPT_FAST_BYTES:
+                tile = packed_tile(weights)
+                share = GPT_FAST_BYTES[weights] * tile.rows * tile.cols / tile.nbytes
             nodes[replace(node, weight_bytes=int(node.weight_bytes * share))] += count
         seconds = statistics.fmean(
             step_seconds(nodes, GPT_FAST_GPU, [5 + step]) for step in range(1, GPT_FAST_TOKENS)
