@@ -14,8 +14,8 @@ BUILD_INPUTS = setup.py pyproject.toml CMakeLists.txt $(shell find csrc -type f 
 SANITIZED := build/csrc-sanitized
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test pytest csrc-test csrc-sanitized csrc-test-threads gpu-dispatch bench lint format wheel clean
-.PHONY: gpu-interpret gpu-compile gpu-ptx gpu-traffic gpu-generate gpu-fake-tensor
+.PHONY: help venv demo test pytest csrc-test csrc-sanitized csrc-test-threads bench lint format wheel clean
+.PHONY: gpu-interpret gpu-compile gpu-ptx gpu-traffic gpu-dispatch gpu-generate gpu-fake-tensor gpu-check gpu-bench
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -89,6 +89,12 @@ gpu-fake-tensor: venv ## hold torch's part of the cuda backend against host sync
 bench: venv ## run the benchmarks; results go to out/bench/ as JSON
 	@mkdir -p out/bench
 	$(BIN)/pytest bench/ --benchmark-only --benchmark-json=out/bench/$$(date -u +%Y%m%dT%H%M%SZ).json
+
+gpu-check: venv ## is d3rt right on this GPU? a verdict and a report in out/gpu/ (5 minutes)
+	@$(BIN)/python bench/gpu_check.py
+
+gpu-bench: venv ## time d3rt on this GPU beside others; a report in out/gpu/ (15 minutes)
+	@$(BIN)/python bench/gpu.py
 
 lint: .venv/.installed ## check style: ruff and clang-format
 	$(BIN)/ruff check .

@@ -26,6 +26,7 @@ from d3rt.backends.native import native
 from d3rt.kernels import kv_line
 from d3rt.models.decoder import StepBuffers
 from d3rt.plan import Plan
+from d3rt.policies import Policy
 from d3rt.result import GenerationStats
 from d3rt.runtime import Runtime
 
@@ -142,10 +143,13 @@ def without_eos(model: nn.Module) -> Iterator[None]:
 
 
 class HuggingFaceRun:
-    """Greedy `model.generate`; a call returns decode tokens/s by TokenClock. `tokens` are those of the last call."""
+    """Greedy `model.generate`; a call returns decode tokens/s by TokenClock. `tokens` are those of the last call.
 
-    def __init__(self, model: nn.Module, input_ids: Tensor, new_tokens: int):
-        self._model, self._ids, self._new_tokens = model, input_ids, new_tokens
+    options: more arguments of generate.
+    """
+
+    def __init__(self, model: nn.Module, input_ids: Tensor, new_tokens: int, **options: Any):
+        self._model, self._ids, self._new_tokens, self._options = model, input_ids, new_tokens, options
         self.tokens: list[int] = []
 
     def __call__(self) -> float:
@@ -157,6 +161,7 @@ class HuggingFaceRun:
                 max_new_tokens=self._new_tokens,
                 do_sample=False,
                 streamer=clock,
+                **self._options,
             )
         self.tokens = sequences[0, self._ids.shape[1] :].tolist()
         return clock.decode_tokens_per_second
@@ -167,14 +172,26 @@ class D3rtRun:
 
     Not the dispatcher's own clock, so that all that Python does around it counts against d3rt, as it does against
     Hugging Face. The steps must be recorded before: the round of `interleave` that does not count sees to it.
+
+    policy: given to the runtime before each call, so that several runs may share one copy of the weights; None is the
+    one it has now.
     """
 
-    def __init__(self, model: nn.Module, runtime: Runtime, input_ids: Tensor, new_tokens: int):
+    def __init__(
+        self,
+        model: nn.Module,
+        runtime: Runtime,
+        input_ids: Tensor,
+        new_tokens: int,
+        policy: Policy | None = None,
+    ):
         self._model, self._runtime, self._ids, self._new_tokens = model, runtime, input_ids, new_tokens
+        self.policy = policy or runtime.policy
         self.tokens: list[int] = []
         self.runs: list[GenerationStats] = []
 
     def __call__(self) -> float:
+        self._runtime.policy = self.policy
         with without_eos(self._model):
             begin = time.perf_counter()
             sequences = self._runtime.generate(

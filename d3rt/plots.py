@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -63,13 +63,32 @@ def plot_run(
     return _save(figure, path)
 
 
+def plot_times(step_seconds: Mapping[str, Sequence[float]], path: str | os.PathLike[str], title: str) -> Path:
+    """Draws the time of each decode step, one line a name; returns the path written. Step 1 is the first."""
+    figure, (axis,) = _figure(1, heights=(3.0,))
+    for (name, seconds), colour in zip(step_seconds.items(), (BASELINE, ACCENT, RUN), strict=True):
+        axis.plot(
+            range(1, len(seconds) + 1),
+            [1e3 * each for each in seconds],
+            color=colour,
+            linewidth=1.6,
+            label=name,
+        )
+    axis.set_ylabel("ms per token", size=9)
+    axis.set_ylim(bottom=0)
+    axis.grid(axis="y", color="#dfe3e8", linewidth=0.6)
+    axis.legend(fontsize=8, frameon=False)
+    figure.suptitle(title, x=0.02, ha="left", size=9)
+    return _save(figure, path)
+
+
 def _figure(count: int, heights: Sequence[float]) -> tuple[Any, Any]:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 1.35 * sum(heights)), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.subplots(count, 1, sharex=True, height_ratios=heights)
+    axes = figure.subplots(count, 1, sharex=True, height_ratios=heights, squeeze=False)[:, 0]
     for axis in axes:
         axis.spines[["top", "right"]].set_visible(False)
         axis.tick_params(labelsize=8, colors=EDGE)

@@ -11,7 +11,16 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 FLOORS = {
-    0: ("d3rt", "d3rt.config", "d3rt.plan", "d3rt.policies", "d3rt.sampling", "d3rt.errors"),
+    0: (
+        "d3rt",
+        "d3rt.config",
+        "d3rt.plan",
+        "d3rt.policies",
+        "d3rt.sampling",
+        "d3rt.errors",
+        "d3rt.gpus",
+        "d3rt.roofline",
+    ),
     1: ("d3rt.kernels", "d3rt._C", "d3rt.kv_cache", "d3rt.quantize"),
     2: ("d3rt.backends",),
     3: (
@@ -20,11 +29,12 @@ FLOORS = {
         "d3rt.result",
         "d3rt.memory",
         "d3rt.detokenizer",
+        "d3rt.nodes",
         "d3rt.programs",
         "d3rt.storage",
     ),
     4: ("d3rt.runtime",),
-    5: ("d3rt.cli", "d3rt.__main__", "d3rt.demo", "d3rt.bench", "d3rt.plots"),
+    5: ("d3rt.cli", "d3rt.__main__", "d3rt.demo", "d3rt.bench", "d3rt.planning", "d3rt.plots"),
 }
 FLOOR_OF = {name: floor for floor, names in FLOORS.items() for name in names}
 FILES = {

@@ -15,6 +15,7 @@ that Runtime.save wrote (d3rt.storage).
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import re
 import warnings
@@ -28,11 +29,13 @@ import huggingface_hub.errors as hub_errors
 import numpy as np
 import torch
 import transformers
+from huggingface_hub.errors import StrictDataclassError
 from tokenizers import pre_tokenizers
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from d3rt.errors import ModelNotFoundError, UnsupportedModelError, UnsupportedOptionError
 from d3rt.kernels.packing import PackedMatrix, pack_codes
+from d3rt.models.shapes import SHAPES
 from d3rt.models.source import OwnedModule, Source, check_shapes, is_tied, parameters, skeleton
 from d3rt.quantize import Width
 
@@ -103,6 +106,50 @@ def open_model(
         raise ModelNotFoundError(f"model {name!r}: no such file or folder; {_WAY_OUT}.")
     model, tokenizer = _load_hub(name, dtype)
     return OwnedModule(model), tokenizer
+
+
+def load_config(name_or_path: str | os.PathLike[str] | None = None) -> Any:
+    """The Hugging Face config alone, no weights: of what `load_model` takes, of a config.json, or of one of SHAPES,
+    which are known without the hub. ModelNotFoundError, or UnsupportedModelError for what is no model's config."""
+    name = None if name_or_path is None else os.fspath(name_or_path)
+    path = Path(name or "").expanduser()
+    if name in SHAPES and not path.exists():
+        return _config_of(SHAPES[name], name)
+    if name is not None and path.is_file() and path.suffix.lower() == ".json":
+        try:
+            return _config_of(json.loads(path.read_text(encoding="utf-8")), name)
+        except (UnicodeDecodeError, json.JSONDecodeError) as error:
+            raise UnsupportedModelError(f"model {name!r}: not JSON: {error}.") from error
+    missing = (
+        name is not None and not path.exists() and (path.suffix.lower() == ".json" or _looks_like_path(name))
+    )
+    if missing:
+        raise ModelNotFoundError(f"model {name!r}: no such file or folder; {_WAY_OUT}.")
+    if name is None or path.is_file():
+        return open_model(name_or_path, None)[0].model.config  # of a GGUF file, whose weights stay unread
+    try:
+        with quiet_transformers():
+            return AutoConfig.from_pretrained(str(path) if path.is_dir() else name, trust_remote_code=False)
+    except OSError as error:
+        if path.is_dir():
+            raise ModelNotFoundError(f"model {name!r}: its config.json cannot be read: {error}") from error
+        raise _hub_failure(name, error) from error
+    except ValueError as error:
+        raise UnsupportedModelError(f"model {name!r}: {error}") from error
+
+
+def _config_of(values: Any, name: str) -> Any:
+    """transformers' config of a config.json's content."""
+    if not isinstance(values, dict) or not isinstance(values.get("model_type"), str):
+        raise UnsupportedModelError(f"model {name!r}: no model_type, so it is no model's config.json.")
+    rest = {key: value for key, value in values.items() if key != "model_type"}
+    try:
+        with quiet_transformers():
+            config = AutoConfig.for_model(values["model_type"], **rest)
+    except (ValueError, TypeError, StrictDataclassError) as error:
+        raise UnsupportedModelError(f"model {name!r}: {error}") from error
+    config.name_or_path = name
+    return config
 
 
 def _looks_like_path(name: str) -> bool:
