@@ -21,7 +21,7 @@ void Tape::replay() {
         for (size_t i = 0; i < count; ++i) {
           const Node& node = tape.nodes_[i];
           for (int phase = 0; phase < node.phases; ++phase) {
-            if (i > 0 || phase > 0) tape.pool_->barrier();
+            if (i > 0 || phase > 0) tape.pool_->barrier(thread);
             node.run(scratch, phase, thread, num_threads);
           }
           if (i + 1 < count && tape.nodes_[i + 1].warms)

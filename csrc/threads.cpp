@@ -26,10 +26,15 @@ inline void pause_cpu() {
 constexpr auto kSpinTime = std::chrono::microseconds(300);
 // After this many pauses at a barrier, others probably need this core: give it up between looks.
 constexpr int kSpinsBeforeYield = 4000;
+// With more threads than this, looking at each costs more than a common counter.
+constexpr int kMostWatched = 8;
 
 }  // namespace
 
-ThreadPool::ThreadPool(int num_threads) : num_threads_(num_threads), owner_pid_(getpid()) {
+ThreadPool::ThreadPool(int num_threads)
+    : num_threads_(num_threads),
+      owner_pid_(getpid()),
+      arrivals_(new Arrivals[static_cast<size_t>(num_threads < 1 ? 0 : num_threads)]) {
   if (num_threads < 1)
     throw InvalidArgument("threads=" + std::to_string(num_threads) + ": must be at least 1");
   try {
@@ -88,18 +93,25 @@ void ThreadPool::run(Job job, void* context) {
   }
 }
 
-void ThreadPool::barrier() {
+void ThreadPool::barrier(int thread) {
   if (num_threads_ == 1) return;
-  const uint32_t round = barrier_round_.load(std::memory_order_relaxed);
-  if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == num_threads_) {
-    arrived_.store(0, std::memory_order_relaxed);
-    barrier_round_.store(round + 1, std::memory_order_release);
-    return;
+  std::atomic<uint32_t>& mine = arrivals_[static_cast<size_t>(thread)].count;
+  const uint32_t round = mine.load(std::memory_order_relaxed) + 1;
+  // Counts wrap around, so that they are compared by their difference.
+  const auto wait_for = [](const std::atomic<uint32_t>& count, uint32_t least) {
+    for (int spins = 0; static_cast<int32_t>(count.load(std::memory_order_acquire) - least) < 0;) {
+      pause_cpu();
+      if (++spins > kSpinsBeforeYield) std::this_thread::yield();
+    }
+  };
+  if (num_threads_ > kMostWatched) {
+    mine.store(round, std::memory_order_relaxed);
+    arrived_.fetch_add(1, std::memory_order_acq_rel);
+    return wait_for(arrived_, round * static_cast<uint32_t>(num_threads_));
   }
-  for (int spins = 0; barrier_round_.load(std::memory_order_acquire) == round;) {
-    pause_cpu();
-    if (++spins > kSpinsBeforeYield) std::this_thread::yield();
-  }
+  mine.store(round, std::memory_order_release);
+  for (int other = 0; other < num_threads_; ++other)
+    if (other != thread) wait_for(arrivals_[static_cast<size_t>(other)].count, round);
 }
 
 void ThreadPool::work(int thread) {

@@ -25,8 +25,8 @@ class ThreadPool {
   int size() const { return num_threads_; }
   // Runs job on every thread and returns when all have. One caller at a time; others wait their turn.
   void run(Job job, void* context);
-  // To be called by every thread of the job: nobody passes before all have arrived.
-  void barrier();
+  // To be called by every thread of the job, with its number: nobody passes before all have arrived.
+  void barrier(int thread);
 
  private:
   void work(int thread);
@@ -39,9 +39,14 @@ class ThreadPool {
 
   alignas(64) std::atomic<uint64_t> job_number_{0};
   alignas(64) std::atomic<int> unfinished_{0};
-  alignas(64) std::atomic<int> arrived_{0};
-  alignas(64) std::atomic<uint32_t> barrier_round_{0};
-  Job job_ = nullptr;
+  // Barriers that each thread has come to. With few threads everybody looks at everybody: one line travels
+  // from core to core where a common counter would travel twice, and then a word that all have arrived.
+  struct alignas(64) Arrivals {
+    std::atomic<uint32_t> count{0};
+  };
+  const std::unique_ptr<Arrivals[]> arrivals_;
+  alignas(64) std::atomic<uint32_t> arrived_{0};  // by all threads together, where they are many
+  alignas(64) Job job_ = nullptr;
   void* context_ = nullptr;
   std::atomic<bool> stop_{false};
   struct Parking {

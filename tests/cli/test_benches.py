@@ -14,6 +14,7 @@ ROOT = Path(__file__).parents[2]
     ("file", "chosen"),
     [
         ("test_decode.py", "int8-half or bfloat16-transformers"),
+        ("test_generate.py", "bfloat16"),
         ("test_ops.py", "SmolLM2 and proj_add"),
         ("test_overhead.py", "int4"),
         ("test_scaling.py", "batch and bfloat16"),

@@ -42,7 +42,7 @@ TEST(threads, "every thread runs every job once and run() waits for all") {
 }
 
 TEST(threads, "nobody passes a barrier before all have arrived") {
-  for (int size = 1; size <= kMaxThreads; ++size) {
+  for (int size : {1, 2, 3, 5, 9}) {  // 9: more than watch each other
     ThreadPool pool(size);
     constexpr int kPhases = 20;
     std::vector<int> written(static_cast<size_t>(size), -1);  // plain, too: the barrier orders them
@@ -51,10 +51,10 @@ TEST(threads, "nobody passes a barrier before all have arrived") {
       run(pool, [&](int thread, int) {
         for (int phase = 0; phase < kPhases; ++phase) {
           written[static_cast<size_t>(thread)] = i * kPhases + phase;
-          pool.barrier();
+          pool.barrier(thread);
           for (int value : written)
             if (value != i * kPhases + phase) ++early;
-          pool.barrier();
+          pool.barrier(thread);
         }
       });
     }
@@ -68,8 +68,8 @@ TEST(threads, "jobs of other lengths of barriers may follow each other") {
   int expected = 0;
   for (int i = 0; i < kRuns; ++i) {
     const int barriers = i % 4;
-    run(pool, [&](int, int) {
-      for (int at = 0; at < barriers; ++at) pool.barrier();
+    run(pool, [&](int thread, int) {
+      for (int at = 0; at < barriers; ++at) pool.barrier(thread);
       ++passed;
     });
     CHECK_EQ(passed.load(), expected += 3);
@@ -103,7 +103,7 @@ TEST(threads, "callers of run() take turns") {
               if (inside.fetch_add(1) != 0) ++mixed;
               ++total;
             }
-            pool.barrier();
+            pool.barrier(thread);
             if (thread == num_threads - 1) inside.fetch_sub(1);
           });
         }
