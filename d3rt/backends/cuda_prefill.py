@@ -15,6 +15,7 @@ from d3rt.kernels.packing import TILE_ROWS, PackedMatrix
 # A packed matrix is unpacked some rows at a time: so many values at once, a few tens of MB on the way.
 SLAB_VALUES = 1 << 22
 SIXTEEN_BITS = (torch.float16, torch.bfloat16)
+FLASH_MOST_HEAD_DIM = 256  # longer heads flash-attn 2 refuses
 
 
 def flash_attention(arch: int) -> Callable | None:
@@ -61,8 +62,9 @@ class CudaPrefill:
         return dense
 
     def attend(self, q: Tensor, keys: Tensor, values: Tensor, scale: float, window: int) -> Tensor:
-        """base.causal_attention, by flash-attn where it is there and the cache is of 16 bits."""
-        if self._flash is not None and keys.dtype in SIXTEEN_BITS:
+        """base.causal_attention, by flash-attn where it is there and takes the cache's type and the heads."""
+        fits = keys.dtype in SIXTEEN_BITS and keys.shape[2] <= FLASH_MOST_HEAD_DIM
+        if self._flash is not None and fits:
             lines = (kept.transpose(0, 1).unsqueeze(0) for kept in (keys, values))  # [1, T', G, d]
             out = self._flash(
                 q.unsqueeze(0).to(keys.dtype),
