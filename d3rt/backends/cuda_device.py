@@ -66,8 +66,13 @@ def find(
             f"torch {torch.__version__} finds no usable device: it needs a driver for CUDA {toolkit}, and this one is "
             f"for {major}.{minor}: update it, or install a torch for an older CUDA"
         )
-    ordinal = cuda.current_device()
-    name, (major, minor) = cuda.get_device_name(ordinal), cuda.get_device_capability(ordinal)
+    try:
+        ordinal = cuda.current_device()
+        name, (major, minor) = cuda.get_device_name(ordinal), cuda.get_device_capability(ordinal)
+    except RuntimeError as error:  # the first call that starts CUDA in this process
+        raise refused(
+            f"torch {torch.__version__} cannot start CUDA: {' '.join(str(error).split())}"
+        ) from error
     arch = 10 * major + minor
     if not torch_runs_on(arch, cuda.get_arch_list()):
         built_for = ", ".join(cuda.get_arch_list())

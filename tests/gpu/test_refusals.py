@@ -90,6 +90,18 @@ def test_a_device_that_the_driver_does_not_hand_out_is_unavailable():
         found(context=busy)
 
 
+def test_a_device_on_which_torch_cannot_start_cuda_is_unavailable():
+    def broken():
+        raise RuntimeError("CUDA unknown error - this may be due to\n an incorrectly set up environment")
+
+    cuda = Torch()
+    cuda.current_device = broken
+    with pytest.raises(
+        BackendUnavailableError, match="cannot start CUDA: .*due to an incorrectly.*cpu, reference"
+    ):
+        found(cuda)
+
+
 def test_a_v100_is_taken_with_a_torch_that_has_code_for_it():
     assert found(Torch(**V100, built_for=CUDA_12), toolkit="12.6").kernel_arch == 70
 
