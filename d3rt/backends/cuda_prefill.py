@@ -14,6 +14,7 @@ from d3rt.kernels.packing import TILE_ROWS, PackedMatrix
 
 # A packed matrix is unpacked some rows at a time: so many values at once, a few tens of MB on the way.
 SLAB_VALUES = 1 << 22
+UNPACKED_BYTES = 2  # of each value of it
 SIXTEEN_BITS = (torch.float16, torch.bfloat16)
 FLASH_MOST_HEAD_DIM = 256  # longer heads flash-attn 2 refuses
 
@@ -47,7 +48,7 @@ class CudaPrefill:
         return typed_linear(x, self._dense(w) if isinstance(w, PackedMatrix) else w)
 
     def linear_bytes(self, w: Tensor | PackedMatrix) -> int:
-        return 2 * w.rows * w.cols if isinstance(w, PackedMatrix) else 0
+        return UNPACKED_BYTES * w.rows * w.cols if isinstance(w, PackedMatrix) else 0
 
     def _dense(self, w: PackedMatrix) -> Tensor:
         """w as floats, in memory that the next call takes again."""

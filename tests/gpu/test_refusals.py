@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import logging
 from contextlib import nullcontext
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -190,6 +191,13 @@ def test_too_little_memory_is_told_part_by_part():
     for words in ("A GPU has 9.13 GB free", "takes 9.93 GB", "weights 7.52", "K,V cache 2.15", "graphs 0.27"):
         assert words in told
     assert "max_seq_len" in told
+
+
+def test_the_matrix_that_a_prefill_unpacks_is_counted():
+    widest = replace(needs("int4", weights=7 * GIB), unpacked=GIB // 2)
+    with pytest.raises(BackendUnavailableError, match="prefill 1.07"):
+        backend().admit(widest)
+    backend().admit(replace(widest, unpacked=GIB // 32))
 
 
 def test_what_torch_holds_without_using_it_counts_as_free():
