@@ -124,6 +124,23 @@ def test_greedy_tokens_with_a_repetition_penalty_are_hugging_faces(gpu):
     assert torch.equal(out, hugging_face([PROMPT], **options))
 
 
+def test_a_generation_samples_by_its_own_settings_and_not_by_those_of_one_before(gpu):
+    ours, right = runtime(), runtime(backend="reference")
+    drawn, greedy = dict(do_sample=True, temperature=0.9, seed=5), dict(do_sample=False)
+    for prompt, options in (
+        (PROMPT, drawn),
+        (PROMPT, drawn | dict(seed=6)),
+        (PROMPT, drawn | dict(temperature=1.7)),
+        (PROMPT, greedy),  # a step of another kind
+        (PROMPT, greedy | dict(repetition_penalty=2.0)),
+        (OTHER, greedy | dict(repetition_penalty=2.0)),  # which has not seen what the one before has
+        (OTHER, greedy | dict(repetition_penalty=1.2)),
+    ):
+        call = dict(max_new_tokens=8, eos_token_id=None) | options
+        ids = torch.tensor([prompt])
+        assert torch.equal(ours.generate(ids, **call), right.generate(ids, **call)), options
+
+
 def test_python_drives_the_same_steps(gpu):
     options = dict(no_repeat_ngram_size=1, max_new_tokens=6, eos_token_id=None)
     fast = runtime(batch_size=2)
