@@ -48,7 +48,8 @@ def test_does_what_the_reference_says_and_writes_nothing_else(case, dtype, ops, 
     if dtype == torch.bfloat16 and arch < 80:
         pytest.skip(f"sm_{arch} has no bfloat16")
     case = replace(case, dtype=dtype)
-    arguments = cases.make(case, slack=5)
+    # 8 elements leave tensors aligned for the widest loads, as a model's are; 5 do not, which is another kernel.
+    arguments = cases.make(case, slack=5 if dtype == torch.float32 else 8)
     after = run(ops, case, arguments, device)
     outputs = cases.outputs(case, after)
     native_ops.assert_close(case, outputs, allowed=allowed(case, arch))
