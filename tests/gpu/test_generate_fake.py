@@ -62,6 +62,22 @@ def test_the_first_look_at_a_prompt_is_checked_against_launches_one_by_one(gpu):
     assert gpu.driver.count("cuLaunchKernel") == 1
 
 
+def test_the_first_check_is_made_on_a_state_in_which_a_wrong_step_shows(gpu):
+    seen, launch = [], gpu.launch
+
+    def noting(each, behind):
+        if each.op == "attention":
+            seen.append((each.arguments["pos"].tolist(), each.arguments["k_cache"].clone()))
+        launch(each, behind)
+
+    gpu.launch = noting
+    runtime(batch_size=2).generate(**padded([PROMPT, OTHER]), max_new_tokens=2)
+    pos, keys = seen[0]
+    assert min(pos) > 1 and pos[0] != pos[1]
+    for slot, last in enumerate(pos):
+        assert (keys[slot, :, :last].diff(dim=1).abs().amax(2) > 0.1).all(), "positions that are alike"
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_full_depth_gives_hugging_faces_tokens(gpu, dtype):
     fast = runtime(dtype=dtype)
