@@ -84,7 +84,7 @@ gpu-generate: venv ## generate on the cuda backend without a GPU: dispatcher, gr
 	$(BIN)/pytest tests/gpu/test_generate_fake.py tests/gpu/test_record.py tests/gpu/test_steps.py tests/gpu/test_refusals.py
 
 gpu-fake-tensor: venv ## hold torch's part of the cuda backend against host syncs, without a GPU
-	$(BIN)/pytest tests/gpu/test_fake_tensor.py tests/gpu/test_cuda_prefill.py
+	$(BIN)/pytest tests/gpu/test_fake_tensor.py tests/gpu/test_cuda_prefill.py tests/gpu/test_torch_stream.py
 
 bench: venv ## run the benchmarks; results go to out/bench/ as JSON
 	@mkdir -p out/bench

@@ -34,6 +34,7 @@ from d3rt.kv_cache import KVCache
 from d3rt.memory import MemoryReport, buffer_bytes, prefill_bytes
 from d3rt.models import family_of
 from d3rt.models.decoder import Decoder, nbytes
+from d3rt.models.family import EMBED, LM_HEAD
 from d3rt.models.loading import open_model
 from d3rt.models.source import SharedModule, Source, parameters
 from d3rt.plan import LayerSet, Plan
@@ -221,6 +222,15 @@ class Runtime:
             kv_cache=2 * c.num_hidden_layers * self.batch_size * self.max_seq_len * line,
             buffers=buffer_bytes(c, self.batch_size, self.max_seq_len),
             prefill=self._prefill_bytes(),
+            unpacked=max(
+                (
+                    shapes[name].numel()
+                    for name, width in widths.items()
+                    if isinstance(width, str)
+                    and name not in (EMBED, LM_HEAD)  # a prefill looks up, and stops before
+                ),
+                default=0,
+            ),
         )
 
     def _prefill_bytes(self) -> int:

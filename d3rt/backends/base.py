@@ -58,7 +58,7 @@ def causal_attention(q: Tensor, keys: Tensor, values: Tensor, scale: float, wind
 @dataclass(frozen=True)
 class Needs:
     """What a runtime is about to ask of a backend. Sizes in bytes; dtypes are the distinct ones of matrices and of the
-    K,V cache."""
+    K,V cache. unpacked: values of the largest packed matrix that a prefill multiplies by, 0 where none is packed."""
 
     weight_dtypes: frozenset[str | torch.dtype]  # "int8" and "int4" for packed ones
     cache_dtype: torch.dtype
@@ -66,6 +66,7 @@ class Needs:
     kv_cache: int
     buffers: int
     prefill: int
+    unpacked: int = 0
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from d3rt.backends.base import Needs
 from d3rt.backends.cores import usable_cores
 from d3rt.backends.cuda_device import Found, TorchStream
 from d3rt.backends.cuda_loop import CudaLoop
-from d3rt.backends.cuda_prefill import CudaPrefill, flash_attention
+from d3rt.backends.cuda_prefill import UNPACKED_BYTES, CudaPrefill, flash_attention
 from d3rt.backends.cuda_record import Kernels, Recorded, Recorder, Working
 from d3rt.backends.cuda_steps import Launcher, StepBuilder, triton_launcher
 from d3rt.backends.native import native
@@ -97,7 +97,7 @@ class CudaBackend:
             "weights": needs.weights,
             "K,V cache": needs.kv_cache,
             "buffers": needs.buffers,
-            "prefill": needs.prefill,
+            "prefill": needs.prefill + UNPACKED_BYTES * needs.unpacked,
             "set aside for graphs": GRAPH_RESERVE,
         }
         if sum(parts.values()) > free:

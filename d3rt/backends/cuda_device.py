@@ -21,18 +21,11 @@ VOLTA_INDEX = "https://download.pytorch.org/whl/cu126"
 
 @dataclass(frozen=True)
 class Found:
-    """A GPU. ordinal: CUDA's number of it; kernel_arch: what kernels are compiled for, and their line in tiles.py."""
+    """A GPU. ordinal: CUDA's number of it; kernel_arch: what kernels are compiled for, a line of tiles.py."""
 
     context: Any  # _C.cuda.Context
     ordinal: int
     kernel_arch: int
-
-
-def kernel_arch(arch: int) -> int | None:
-    """The architecture of tiles.py whose machine code runs on sm_<arch>: the nearest below it of the same generation
-    (86 for sm_87, 70 for sm_72). None where there is none: another generation's code does not run, and what its tiles
-    would be nobody has tried yet."""
-    return max((known for known in ARCHS if known <= arch and known // 10 == arch // 10), default=None)
 
 
 def torch_runs_on(arch: int, built_for: list[str]) -> bool:
@@ -73,8 +66,13 @@ def find(
             f"torch {torch.__version__} finds no usable device: it needs a driver for CUDA {toolkit}, and this one is "
             f"for {major}.{minor}: update it, or install a torch for an older CUDA"
         )
-    ordinal = cuda.current_device()
-    name, (major, minor) = cuda.get_device_name(ordinal), cuda.get_device_capability(ordinal)
+    try:
+        ordinal = cuda.current_device()
+        name, (major, minor) = cuda.get_device_name(ordinal), cuda.get_device_capability(ordinal)
+    except RuntimeError as error:  # the first call that starts CUDA in this process
+        raise refused(
+            f"torch {torch.__version__} cannot start CUDA: {' '.join(str(error).split())}"
+        ) from error
     arch = 10 * major + minor
     if not torch_runs_on(arch, cuda.get_arch_list()):
         built_for = ", ".join(cuda.get_arch_list())
@@ -83,16 +81,15 @@ def find(
             f"torch {torch.__version__} has no code for {name} (sm_{arch}), only for {built_for}: pip install torch"
             + way_out
         )
-    compiled_for = kernel_arch(arch)
-    if compiled_for is None:
+    # What lies between those is in Tegra chips (sm_72, sm_87), on which machine code of other chips does not run (CUDA
+    # C++ Programming Guide, "Binary Compatibility").
+    if arch not in ARCHS:
         known = ", ".join(f"sm_{known}" for known in ARCHS)
-        raise refused(
-            f"{name} is sm_{arch}, and there are kernels for {known} and later ones of their generations"
-        )
+        raise refused(f"{name} is sm_{arch}, and there are kernels for {known} only")
     if not has_triton():
         raise refused("Triton, which makes the kernels, is not installed: pip install 'triton>=3.7'")
     try:
-        return Found(context(loaded, ordinal), ordinal, compiled_for)
+        return Found(context(loaded, ordinal), ordinal, arch)
     except CudaError as error:
         raise refused(f"{name} cannot be used: {error}") from error
 

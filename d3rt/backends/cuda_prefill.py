@@ -14,7 +14,9 @@ from d3rt.kernels.packing import TILE_ROWS, PackedMatrix
 
 # A packed matrix is unpacked some rows at a time: so many values at once, a few tens of MB on the way.
 SLAB_VALUES = 1 << 22
+UNPACKED_BYTES = 2  # of each value of it
 SIXTEEN_BITS = (torch.float16, torch.bfloat16)
+FLASH_MOST_HEAD_DIM = 256  # longer heads flash-attn 2 refuses
 
 
 def flash_attention(arch: int) -> Callable | None:
@@ -46,7 +48,7 @@ class CudaPrefill:
         return typed_linear(x, self._dense(w) if isinstance(w, PackedMatrix) else w)
 
     def linear_bytes(self, w: Tensor | PackedMatrix) -> int:
-        return 2 * w.rows * w.cols if isinstance(w, PackedMatrix) else 0
+        return UNPACKED_BYTES * w.rows * w.cols if isinstance(w, PackedMatrix) else 0
 
     def _dense(self, w: PackedMatrix) -> Tensor:
         """w as floats, in memory that the next call takes again."""
@@ -61,8 +63,9 @@ class CudaPrefill:
         return dense
 
     def attend(self, q: Tensor, keys: Tensor, values: Tensor, scale: float, window: int) -> Tensor:
-        """base.causal_attention, by flash-attn where it is there and the cache is of 16 bits."""
-        if self._flash is not None and keys.dtype in SIXTEEN_BITS:
+        """base.causal_attention, by flash-attn where it is there and takes the cache's type and the heads."""
+        fits = keys.dtype in SIXTEEN_BITS and keys.shape[2] <= FLASH_MOST_HEAD_DIM
+        if self._flash is not None and fits:
             lines = (kept.transpose(0, 1).unsqueeze(0) for kept in (keys, values))  # [1, T', G, d]
             out = self._flash(
                 q.unsqueeze(0).to(keys.dtype),

@@ -101,7 +101,7 @@ class StepBuilder:
         self._synchronize()
         with self._place.scope():
             state = State(recorded, pos)
-            expected = self._expected(recorded, state)
+            expected = self._expected(recorded, state, what)
             complaints = []
             for mode, made in self._candidates(recorded, tape):
                 if complaints:
@@ -113,10 +113,14 @@ class StepBuilder:
                     problem = None if expected is None else difference(expected, state.now())
                 except RuntimeError as error:  # CudaError is one, and so is what torch raises
                     problem = f"{type(error).__name__}: {error}"
-                state.restore()
+                complaint = f"as {mode}, {problem}"
+                try:
+                    state.restore()
+                except RuntimeError as error:  # no slower way helps a context that is broken
+                    raise CudaError(f"{what}, {complaint}; then the device failed: {error}") from error
                 if problem is None:
                     return BuiltStep(built.step, (*built.keeps, keeps))
-                complaints.append(f"as {mode}, {problem}")
+                complaints.append(complaint)
         raise CudaError(
             f"{what} cannot be replayed on this device: {'; '.join(complaints)}; use backend='cpu'."
         )
@@ -133,12 +137,12 @@ class StepBuilder:
         yield "a graph that torch captures", captured
         yield "launches one by one", lambda: BuiltStep(step.eager(tape), ())
 
-    def _expected(self, recorded: Recorded, state: State) -> dict[str, Tensor] | None:
-        """What the step leaves when it is launched one by one; None, once warned of, where that cannot be done."""
+    def _expected(self, recorded: Recorded, state: State, what: str) -> dict[str, Tensor] | None:
+        """What the step leaves when it is launched one by one; None, once warned of, where that cannot be done.
+        CudaError when the device fails at it: then the kernels themselves are wrong."""
+        expected = None
         try:
             _launch(self._launcher(), recorded)
-            self._synchronize()
-            expected = state.now()
         except Exception as error:  # Triton's launcher needs a C compiler, among others
             if not self._unchecked:
                 warn(
@@ -146,7 +150,12 @@ class StepBuilder:
                     f"{error}); the graphs are used as they are."
                 )
             self._unchecked = True
-            expected = None
+        else:
+            try:
+                self._synchronize()
+            except CudaError as error:
+                raise CudaError(f"{what}, launched one by one: {error}") from error
+            expected = state.now()
         state.restore()
         return expected
 

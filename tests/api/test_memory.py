@@ -31,6 +31,16 @@ def matrices(weights):
         yield from (layer.wq, layer.wk, layer.wv, layer.wo, layer.w_gate, layer.w_up, layer.w_down)
 
 
+@pytest.mark.parametrize(("width", "packed"), [("float32", False), ("int4", True)])
+def test_a_backend_is_told_the_largest_matrix_that_a_prefill_may_have_to_unpack(monkeypatch, width, packed):
+    told = []
+    monkeypatch.setattr(CpuBackend, "admit", lambda backend, needs: told.append(needs.unpacked))
+    model = tiny_models.fresh("llama", **tiny_models.PACKABLE)
+    fast = d3rt.compile(model, weights=width, max_seq_len=32, backend="cpu")
+    sizes = [w.shape[0] * w.shape[1] for layer in fast._decoder.weights.layers for w in layer.matrices()]
+    assert told == [max(sizes) * packed]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_weights_of_the_models_own_dtype_are_its_very_tensors(backend, dtype):

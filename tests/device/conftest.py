@@ -42,24 +42,16 @@ def arch() -> int:
 
 
 @pytest.fixture(scope="session")
-def kernel_arch(arch) -> int:
-    """The line of the tile table that serves the device: the newest that is not newer."""
-    from d3rt.kernels.cuda.tiles import ARCHS
-
-    return max(known for known in ARCHS if known <= arch)
-
-
-@pytest.fixture(scope="session")
-def ops(kernel_arch):
+def ops(arch):
     """The Triton kernels, launched one by one on the device."""
     pytest.importorskip("triton", reason="triton is not installed")
     if REHEARSAL:
         from triton_interpreter import Interpreted
 
-        return Interpreted(kernel_arch)
+        return Interpreted(arch)
     from d3rt.kernels.cuda.eager import Eager
 
-    return Eager(kernel_arch)
+    return Eager(arch)
 
 
 @pytest.fixture(scope="session")

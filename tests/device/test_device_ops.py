@@ -42,16 +42,17 @@ def run(ops, case, arguments, device) -> dict:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("case", FLOAT32, ids=lambda case: f"{case.op}-{case.name}-B{case.B}")
-def test_does_what_the_reference_says_and_writes_nothing_else(case, dtype, ops, arch, kernel_arch, device):
+def test_does_what_the_reference_says_and_writes_nothing_else(case, dtype, ops, arch, device):
     from triton_bounds import allowed
 
     if dtype == torch.bfloat16 and arch < 80:
         pytest.skip(f"sm_{arch} has no bfloat16")
     case = replace(case, dtype=dtype)
-    arguments = cases.make(case, slack=5)
+    # 8 elements leave tensors aligned for the widest loads, as a model's are; 5 do not, which is another kernel.
+    arguments = cases.make(case, slack=5 if dtype == torch.float32 else 8)
     after = run(ops, case, arguments, device)
     outputs = cases.outputs(case, after)
-    native_ops.assert_close(case, outputs, allowed=allowed(case, kernel_arch))
+    native_ops.assert_close(case, outputs, allowed=allowed(case, arch))
     before = dict(cases.tensors(arguments))
     for name, tensor in cases.tensors(after):
         changed = native_ops.storage_bits(tensor) != native_ops.storage_bits(before[name])

@@ -49,6 +49,15 @@ def test_flash_attention_is_asked_for_the_same(dtype, queries, keys, window):
     torch.testing.assert_close(ours, exact, atol=2 * torch.finfo(dtype).eps, rtol=2 * torch.finfo(dtype).eps)
 
 
+@pytest.mark.parametrize(("head_dim", "times"), [(256, 1), (264, 0)])
+def test_flash_attention_is_left_alone_with_heads_that_it_refuses(head_dim, times):
+    calls = []
+    flash = lambda q, k, v, **named: calls.append(q.shape) or flash_attn_func(q, k, v, **named)  # noqa: E731
+    q, kept = torch.ones(2, 2, head_dim), torch.ones(1, 2, head_dim, dtype=torch.float16)
+    assert bool((CudaPrefill(80, flash).attend(q, kept, kept, 0.1, 0) == 1).all())
+    assert len(calls) == times
+
+
 @pytest.mark.parametrize("arch", [70, 75])
 def test_flash_attention_is_not_looked_for_below_sm_80(arch):
     assert flash_attention(arch) is None

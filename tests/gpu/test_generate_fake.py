@@ -62,6 +62,22 @@ def test_the_first_look_at_a_prompt_is_checked_against_launches_one_by_one(gpu):
     assert gpu.driver.count("cuLaunchKernel") == 1
 
 
+def test_the_first_check_is_made_on_a_state_in_which_a_wrong_step_shows(gpu):
+    seen, launch = [], gpu.launch
+
+    def noting(each, behind):
+        if each.op == "attention":
+            seen.append((each.arguments["pos"].tolist(), each.arguments["k_cache"].clone()))
+        launch(each, behind)
+
+    gpu.launch = noting
+    runtime(batch_size=2).generate(**padded([PROMPT, OTHER]), max_new_tokens=2)
+    pos, keys = seen[0]
+    assert min(pos) > 1 and pos[0] != pos[1]
+    for slot, last in enumerate(pos):
+        assert (keys[slot, :, :last].diff(dim=1).abs().amax(2) > 0.1).all(), "positions that are alike"
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_full_depth_gives_hugging_faces_tokens(gpu, dtype):
     fast = runtime(dtype=dtype)
@@ -122,6 +138,23 @@ def test_greedy_tokens_with_a_repetition_penalty_are_hugging_faces(gpu):
     options = dict(repetition_penalty=1.5, max_new_tokens=STEPS)
     out = runtime().generate(torch.tensor([PROMPT]), **options)
     assert torch.equal(out, hugging_face([PROMPT], **options))
+
+
+def test_a_generation_samples_by_its_own_settings_and_not_by_those_of_one_before(gpu):
+    ours, right = runtime(), runtime(backend="reference")
+    drawn, greedy = dict(do_sample=True, temperature=0.9, seed=5), dict(do_sample=False)
+    for prompt, options in (
+        (PROMPT, drawn),
+        (PROMPT, drawn | dict(seed=6)),
+        (PROMPT, drawn | dict(temperature=1.7)),
+        (PROMPT, greedy),  # a step of another kind
+        (PROMPT, greedy | dict(repetition_penalty=2.0)),
+        (OTHER, greedy | dict(repetition_penalty=2.0)),  # which has not seen what the one before has
+        (OTHER, greedy | dict(repetition_penalty=1.2)),
+    ):
+        call = dict(max_new_tokens=8, eos_token_id=None) | options
+        ids = torch.tensor([prompt])
+        assert torch.equal(ours.generate(ids, **call), right.generate(ids, **call)), options
 
 
 def test_python_drives_the_same_steps(gpu):

@@ -9,12 +9,15 @@ import pytest
 import torch
 
 from d3rt.errors import ForeignBufferError
+from d3rt.kernels import cases, reference
 from d3rt.kernels.reference import FillLayer
+from d3rt.sampling import SamplingParams
 
 pytest.importorskip("triton", reason="triton is not installed")
 
 from d3rt.backends import cuda_record  # noqa: E402
 from d3rt.backends.cuda_record import Kernels, Recorded, Recorder, Working, progress  # noqa: E402
+from d3rt.backends.cuda_slots import Kind, SlotBuffers  # noqa: E402
 from d3rt.kernels.cuda.plans import COUNTERS, PARTIALS  # noqa: E402
 
 CPU = torch.device("cpu")
@@ -83,6 +86,48 @@ def test_two_recordings_in_a_row_are_one():
     assert both.written == {"x": x} and len(both.caches) == 2 and len(both.behind) == 2
 
 
+def held(recorded: Recorded) -> set[int]:
+    """Addresses of what a self-check compares and puts back."""
+    return {tensor.data_ptr() for tensor in (*recorded.written.values(), *recorded.caches)}
+
+
+def changes(run, tensors) -> set[int]:
+    """Addresses of those tensors that run() changes."""
+    before = [tensor.clone() for tensor in tensors]
+    run()
+    pairs = zip(tensors, before, strict=True)
+    return {
+        at.data_ptr() for at, was in pairs if not torch.equal(at.view(torch.uint8), was.view(torch.uint8))
+    }
+
+
+@pytest.mark.parametrize("op", cases.OPS)
+def test_all_that_an_op_writes_is_held_by_the_recording(op):
+    case = next(case for case in cases.TEST_CASES[op] if case.B > 1 and not case.row_gap)
+    arguments, ops = cases.make(case), recorder()
+    cases.call(ops, case, arguments)
+    written = changes(
+        lambda: cases.call(reference, case, arguments), [at for _, at in cases.tensors(arguments)]
+    )
+    assert held(ops.recorded) == written and written
+
+
+def test_all_that_the_end_of_a_step_writes_is_held_by_the_recording():
+    from ptx.device import Device, Emitted
+
+    kind, sampling = Kind(False, True, 8), SamplingParams(repetition_penalty=1.5)
+    slots, logits = SlotBuffers(B, 40, CPU), torch.randn(B, 40)
+    token, pos = (torch.full((B,), -5, dtype=torch.int32) for _ in range(2))
+    slots.provide(kind)
+    slots.begin(kind, sampling, [int(logits[0].argmax())], 0, [[], []])
+    slots.ring.fill_(-1)
+    slots.next_token.fill_(-1)
+    ops = recorder()
+    slots.record(ops, kind, token, pos, logits)
+    run = lambda: slots.record(Emitted(Device(80)), kind, token, pos, logits)  # noqa: E731
+    assert held(ops.recorded) == changes(run, [token, pos, logits, *slots.tensors()])
+
+
 def test_working_memory_that_was_handed_out_keeps_its_address_and_more_is_new():
     def wants(partials, counters):
         return Recorded([SimpleNamespace(partials=partials, counters=counters)])
@@ -109,6 +154,9 @@ def test_a_kernel_is_compiled_and_loaded_once_for_each_distinct_use(monkeypatch)
     loaded = kernels.load(ops.recorded.launches)
     assert loaded[0] is loaded[1] is not loaded[2]
     assert kernels.load(ops.recorded.launches) == loaded and len(compiled) == 2
+    unaligned = torch.zeros(B * D + 1)[1:].view(B, D)
+    ops.proj_add(torch.zeros(B, D), unaligned, torch.zeros(D, D), None)
+    assert kernels.load(ops.recorded.launches)[-1] not in loaded, "its loads may not be as wide"
 
 
 @pytest.mark.parametrize("terminal", [True, False])

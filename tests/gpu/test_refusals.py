@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import logging
 from contextlib import nullcontext
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -13,7 +14,7 @@ import torch
 import d3rt.backends
 from d3rt.backends import cuda_device, make_backend
 from d3rt.backends.base import Needs
-from d3rt.backends.cuda_device import Found, find, kernel_arch, torch_runs_on
+from d3rt.backends.cuda_device import Found, find, torch_runs_on
 from d3rt.errors import BackendUnavailableError, CudaError, UnsupportedOptionError
 
 GIB = 2**30
@@ -72,6 +73,8 @@ V100 = dict(arch=70, name="Tesla V100")
             "P100 is sm_60, and there are kernels for sm_70",
         ),
         (dict(cuda=Torch(arch=100, name="B200")), "B200 is sm_100, and there are kernels for .*sm_90"),
+        # a Tegra chip, which runs no machine code of other chips of its generation
+        (dict(cuda=Torch(arch=87, name="Orin")), "Orin is sm_87, and there are kernels for .*sm_86, .* only"),
         (dict(has_triton=False), "Triton.*is not installed: pip install 'triton"),
     ],
 )
@@ -88,16 +91,25 @@ def test_a_device_that_the_driver_does_not_hand_out_is_unavailable():
         found(context=busy)
 
 
+def test_a_device_on_which_torch_cannot_start_cuda_is_unavailable():
+    def broken():
+        raise RuntimeError("CUDA unknown error - this may be due to\n an incorrectly set up environment")
+
+    cuda = Torch()
+    cuda.current_device = broken
+    with pytest.raises(
+        BackendUnavailableError, match="cannot start CUDA: .*due to an incorrectly.*cpu, reference"
+    ):
+        found(cuda)
+
+
 def test_a_v100_is_taken_with_a_torch_that_has_code_for_it():
     assert found(Torch(**V100, built_for=CUDA_12), toolkit="12.6").kernel_arch == 70
 
 
-@pytest.mark.parametrize(
-    ("arch", "compiled_for"),
-    [(70, 70), (72, 70), (75, 75), (80, 80), (86, 86), (87, 86), (89, 89), (90, 90), (61, None), (100, None)],
-)
-def test_code_of_the_nearest_architecture_below_in_the_generation_is_used(arch, compiled_for):
-    assert kernel_arch(arch) == compiled_for
+@pytest.mark.parametrize("arch", [75, 80, 86, 89, 90])
+def test_kernels_are_compiled_for_the_very_architecture(arch):
+    assert found(Torch(arch)).kernel_arch == arch
 
 
 @pytest.mark.parametrize(
@@ -179,6 +191,13 @@ def test_too_little_memory_is_told_part_by_part():
     for words in ("A GPU has 9.13 GB free", "takes 9.93 GB", "weights 7.52", "K,V cache 2.15", "graphs 0.27"):
         assert words in told
     assert "max_seq_len" in told
+
+
+def test_the_matrix_that_a_prefill_unpacks_is_counted():
+    widest = replace(needs("int4", weights=7 * GIB), unpacked=GIB // 2)
+    with pytest.raises(BackendUnavailableError, match="prefill 1.07"):
+        backend().admit(widest)
+    backend().admit(replace(widest, unpacked=GIB // 32))
 
 
 def test_what_torch_holds_without_using_it_counts_as_free():

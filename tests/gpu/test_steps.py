@@ -47,13 +47,17 @@ class Fake:
             assert (context, executable, ops) == ("context", 99, ["it"])
             return self.step("captured")
 
+        def synchronize(context, stream):
+            if "device" in self.wrong:
+                raise self.wrong["device"]
+
         native = SimpleNamespace(
             Step=SimpleNamespace(
                 graph=lambda tape, stream: self.step("graph"),
                 captured=captured,
                 eager=lambda tape: self.step("eager"),
             ),
-            synchronize=lambda context, stream: None,
+            synchronize=synchronize,
         )
 
         def capture(run):
@@ -112,6 +116,29 @@ def test_without_tritons_launcher_graphs_are_used_and_it_is_said_that_nothing_wa
     fake.wrong = {"triton": OSError("no C compiler"), "graph": 1.0}
     with pytest.warns(RuntimeWarning, match="not checked.*no C compiler"):
         assert fake.build().step.mode == "graph"
+
+
+def test_a_device_that_fails_at_the_kernels_themselves_is_an_error_and_not_taken_for_a_missing_launcher(
+    recwarn,
+):
+    fake = Fake()
+    eager, built = fake.run, fake.build
+    fake.run = lambda mode: fake.wrong.update(device=CudaError("ILLEGAL_ADDRESS")) or eager(mode)
+    with pytest.raises(CudaError, match="the step, launched one by one: ILLEGAL_ADDRESS"):
+        built()
+    assert fake.launched == ["triton"] and not recwarn.list
+
+
+def test_a_device_that_is_broken_by_a_graph_is_an_error_with_that_reason(monkeypatch):
+    def restore(state):
+        if "graph" in fake.launched:
+            raise RuntimeError("the device is gone")
+
+    fake = Fake()
+    fake.wrong = {"graph": 1.0}
+    monkeypatch.setattr(State, "restore", restore)
+    with pytest.raises(CudaError, match="the step, as a graph, .*then the device failed: the device is gone"):
+        fake.build()
 
 
 @pytest.mark.parametrize(
