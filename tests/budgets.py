@@ -4,7 +4,8 @@ of the loads of each weight stream, tensor-core instructions, occupancy.
 `python tests/budgets.py` writes tests/gpu/budgets.json anew (with --print it only prints what it found), and
 tests/gpu/test_compile_gate.py holds the kernels against it. Needs no GPU: Triton brings ptxas, cuobjdump and nvdisasm.
 Which sizes: those of Llama-3.2-1B (few key-value heads), attention also at SmolLM2-135M's and Llama-2-7B's, and
-Llama-2-7B with a norm over each head. 1 slot on every architecture, 16 slots on sm_70, sm_80 and sm_90 (the tiles of
+Llama-2-7B with a norm over each head; biases, windows and mixed weights once. sample and advance are as the cuda
+backend records them. 1 slot on every architecture, 16 slots on sm_70, sm_80 and sm_90 (the tiles of
 the others are theirs), the numbers between on sm_80.
 
 How to read it: the loads of scales and minima of packed weights are no weight stream here; they are 1/16 to 1/4 of the
@@ -42,6 +43,13 @@ FLOATS = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 WIDTHS = (*FLOATS, "int8", "int4", "int4 with minima")
 MATVECS = ("norm_qkv_rope", "proj_add", "norm_gate_up", "kv_fill", "norm_logits")
 REPRESENTATIVES = (70, 80, 90)
+SAMPLINGS = ("sample", "sample+penalty", "draw", "draw+penalty")
+# With what only some models have.
+SWITCHED = (
+    *("norm_qkv_rope+bias", "kv_fill+bias", "kv_fill+head_norm", "proj_add+bias", "norm_gate_up+bias"),
+    "attention+window",
+)
+MIXED = ("norm_qkv_rope+mixed", "kv_fill+mixed")  # one matrix is int8, as in some GGUF files
 STREAM = "# the weight stream"  # marks the loads of weights and cache in the kernels
 
 # Per multiprocessor: bytes of shared memory, warps, blocks (CUDA C++ Programming Guide, "Technical Specifications per
@@ -60,7 +68,7 @@ RESIDENT = {
 class Job:
     """One kernel to compile."""
 
-    op: str  # as in plans.py; "draw" is `sample` with a random number
+    op: str  # as in plans.py, and what more it has, as "norm_qkv_rope+bias"; "draw" is `sample` with a random number
     width: str  # of the weights, or of the cache
     model: str
     batch: int
@@ -90,7 +98,7 @@ def jobs() -> Iterator[Job]:
             yield from (Job(op, width, model, 1, arch) for op in (*MATVECS, "embed"))
         for width in FLOATS:
             yield Job("attention", width, model, 1, arch)
-        yield from (Job(op, "float32", model, 1, arch) for op in ("sample", "draw", "advance"))
+        yield from (Job(op, "float32", model, 1, arch) for op in (*SAMPLINGS, "advance"))
     for arch in REPRESENTATIVES:
         for width in ("float16", "int8", "int4 with minima"):
             yield from (Job(op, width, model, 16, arch) for op in MATVECS)
@@ -99,6 +107,8 @@ def jobs() -> Iterator[Job]:
             yield Job("norm_qkv_rope", "float16", "Llama-2-7B", batch, arch)
             for width in ("float16", "int4 with minima"):
                 yield Job("norm_qkv_rope+head_norm", width, "Llama-2-7B", batch, arch)
+        yield from (Job(op, "float16", model, 1, arch) for op in SWITCHED)
+        yield from (Job(op, "int4 with minima", model, 1, arch) for op in MIXED)
         yield Job("advance", "float32", model, 16, arch)
     for batch in (2, 4, 8):
         for width in ("float16", "int4 with minima"):
@@ -107,6 +117,8 @@ def jobs() -> Iterator[Job]:
 
 def launches(job: Job) -> list:
     """The job's launches, on tensors without memory."""
+    from d3rt.backends.cuda_record import Recorder
+    from d3rt.backends.cuda_slots import EOS_PLACES, Kind, SlotBuffers
     from d3rt.kernels.cuda import plans
 
     m, batch, arch = SHAPES[job.model], job.batch, job.arch
@@ -124,41 +136,47 @@ def launches(job: Job) -> list:
     def ints(*sizes: int):
         return tensor(*sizes, dtype=torch.int32)
 
+    op, *switches = job.op.split("+")
+
+    def optional(switch: str, *sizes: int):
+        return tensor(*sizes) if switch in switches else None
+
+    def bias(rows: int):
+        return optional("bias", rows)
+
     x, norm = tensor(batch, m.D), tensor(m.D)
     rope = (tensor(LENGTH, m.d // 2), tensor(LENGTH, m.d // 2), ints(batch))
-    heads = tensor(batch, m.H, m.d)
-    if job.op == "embed":
+    heads, rows, gain = tensor(batch, m.H, m.d), m.G * m.d, optional("head_norm", m.d)
+    wk, wv = weight(rows, m.D), matrix("int8" if "mixed" in switches else job.width, rows, m.D)
+    if op == "embed":
         return plans.embed(arch, x, ints(batch), weight(m.V, m.D))
-    if job.op in ("norm_qkv_rope", "norm_qkv_rope+head_norm"):
-        w = (weight(m.H * m.d, m.D), weight(m.G * m.d, m.D), weight(m.G * m.d, m.D))
-        gain = tensor(m.d) if "head_norm" in job.op else None
-        optional = (None, None, None, gain, gain)
+    if op == "norm_qkv_rope":
+        w = (weight(m.H * m.d, m.D), wk, wv, bias(m.H * m.d), bias(rows), bias(rows))
         return plans.norm_qkv_rope(
-            arch, heads, cache_lines(), cache_lines(), x, norm, *w, *optional, *rope, 1e-5
+            arch, heads, cache_lines(), cache_lines(), x, norm, *w, gain, gain, *rope, 1e-5
         )
-    if job.op == "attention":
-        return plans.attention(arch, heads, heads, cache_lines(), cache_lines(), ints(batch), m.d**-0.5, 0)
-    if job.op == "proj_add":
-        return plans.proj_add(arch, x, tensor(batch, m.F), weight(m.D, m.F), None)
-    if job.op == "norm_gate_up":
-        w = (weight(m.F, m.D), weight(m.F, m.D))
-        return plans.norm_gate_up(arch, tensor(batch, m.F), x, norm, *w, None, None, 1e-5)
-    if job.op == "kv_fill":
-        rows = m.G * m.d
-        layer = FillLayer(
-            cache_lines(), cache_lines(), norm, weight(rows, m.D), weight(rows, m.D), None, None, None
+    if op == "attention":
+        window = LENGTH // 2 if "window" in switches else 0
+        return plans.attention(
+            arch, heads, heads, cache_lines(), cache_lines(), ints(batch), m.d**-0.5, window
         )
+    if op == "proj_add":
+        return plans.proj_add(arch, x, tensor(batch, m.F), weight(m.D, m.F), bias(m.D))
+    if op == "norm_gate_up":
+        w = (weight(m.F, m.D), weight(m.F, m.D), bias(m.F), bias(m.F))
+        return plans.norm_gate_up(arch, tensor(batch, m.F), x, norm, *w, 1e-5)
+    if op == "kv_fill":
+        layer = FillLayer(cache_lines(), cache_lines(), norm, wk, wv, bias(rows), bias(rows), gain)
         return plans.kv_fill(arch, [layer] * 4, x, *rope, 1e-5)
-    if job.op == "norm_logits":
+    if op == "norm_logits":
         return plans.norm_logits(arch, tensor(batch, m.V), x, norm, weight(m.V, m.D), 1e-5)
-    if job.op in ("sample", "draw"):
-        logits, settings = tensor(batch, m.V), tensor(6, dtype=torch.int64)
-        seen = tensor(batch, m.V, dtype=torch.int8)
-        return plans.sample(arch, ints(batch), logits, settings, ints(1), seen, job.op == "draw")
-    if job.op == "advance":
-        finished = tensor(batch, dtype=torch.uint8)
-        state = (ints(batch), ints(batch), ints(batch), finished)
-        return plans.advance(arch, *state, eos=ints(2), step=ints(1), ring=ints(64, batch))
+    if op in ("sample", "draw", "advance"):
+        kind = Kind(op == "draw", "penalty" in switches, EOS_PLACES)
+        ops, slots = Recorder(arch, x.device, lambda tensor: True), SlotBuffers(batch, m.V, x.device)
+        slots.provide(kind)
+        slots.record(ops, kind, ints(batch), ints(batch), tensor(batch, m.V))
+        sample, advance = ops.recorded.launches
+        return [advance if op == "advance" else sample]
     raise ValueError(f"no such job: {job}")
 
 
@@ -231,7 +249,7 @@ def measure(job: Job) -> Measured:
         file.flush()
         usage = tool("cuobjdump", "-res-usage", file.name)
         # nvdisasm knows sm_75 and later; before, Triton has no tensor-core products.
-        code = tool("nvdisasm", "-c", file.name) if job.op == "attention" and job.arch >= 75 else ""
+        code = tool("nvdisasm", "-c", file.name) if launch.op == "attention" and job.arch >= 75 else ""
     found = dict(re.findall(r"(REG|STACK):(\d+)", usage))
     registers, stack = int(found["REG"]), int(found["STACK"])
     blocks = resident_blocks(job.arch, registers, made.shared, made.warps)

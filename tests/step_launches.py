@@ -52,6 +52,8 @@ def collect(
     arch: int, m: ModelShape, plan: Plan, width: str, length: int, *, draw=False, device: str = "meta"
 ) -> Collector:
     """One sequence, at the last position of a cache of `length`, from the token to the next token."""
+    from d3rt.backends.cuda_slots import EOS_PLACES, Kind, SlotBuffers
+
     layers = plan.num_layers
     config = DecoderConfig("llama", m.D, layers, m.H, m.G, m.d, m.F, m.V, length, EPS, (0,) * layers)
     kept = budgets.FLOATS.get(width, torch.float16)
@@ -65,12 +67,9 @@ def collect(
         rope = torch.ones(length, m.d // 2), torch.zeros(length, m.d // 2)
         buffers = StepBuffers(config, KVCache(config, 1, length, kept), *rope, 1)
         buffers.pos.fill_(length - 1)
-        state = torch.zeros(1, dtype=torch.uint8), torch.zeros(1, dtype=torch.int32)
-        settings, following = torch.zeros(6, dtype=torch.int64), torch.zeros(1, dtype=torch.int32)
-        eos, ring = torch.zeros(2, dtype=torch.int32), torch.zeros(64, 1, dtype=torch.int32)
     ops = Collector(arch)
     Decoder(config, weights).decode_step(ops, plan, buffers)
-    finished, step = state
-    ops.sample(following, buffers.logits, settings, step, None, draw)
-    ops.advance(buffers.token, buffers.pos, following, finished, eos=eos, step=step, ring=ring)
+    kind, slots = Kind(draw, False, EOS_PLACES), SlotBuffers(1, m.V, torch.device(device))
+    slots.provide(kind)
+    slots.record(ops, kind, buffers.token, buffers.pos, buffers.logits)
     return ops

@@ -36,6 +36,7 @@ WHAT = [
     *((model, width, 80) for model in SHAPES for width in WIDTHS),
     *(("Llama-3.2-1B", "float16", arch) for arch in (70, 90)),
 ]
+ATTENTION = [(model, arch) for model in SHAPES for arch in (70, 80, 90)]
 OPS = (
     *("embed", "kv_fill", "norm_qkv_rope", "attention", "proj_add", "norm_gate_up", "proj_add"),
     *("norm_logits", "sample", "advance"),
@@ -61,16 +62,15 @@ def is_stream(name: str) -> bool:
     return part.startswith("w") or part in ("k_cache", "v_cache")
 
 
-def needed(launch, reachable: dict[str, Tensor]) -> Iterator[Tensor]:
-    """The parts of a launch's tensors that its op has to read or write, for one sequence at the last position."""
+def needed(launch, reachable: dict[str, Tensor], last: int = LENGTH - 1) -> Iterator[Tensor]:
+    """The parts of a launch's tensors that its op has to read or write, for one sequence at position `last`."""
     named = {name: at for name, at in launch.arguments.items() if isinstance(at, Tensor)}
     if launch.uploads:  # the layers of kv_fill, its first argument
         named |= {name: tensor for name, tensor in reachable.items() if name.startswith("[0]")}
-    last = LENGTH - 1
     for name, tensor in named.items():
         part = name.rpartition(".")[2]
-        if part in ("k_cache", "v_cache") and launch.op != "attention":
-            yield tensor[:, :, last]
+        if part in ("k_cache", "v_cache"):
+            yield tensor[:, :, : last + 1] if launch.op == "attention" else tensor[:, :, last]
         elif part in ("cos", "sin"):
             yield tensor[last]
         elif name in launch.uploads:
@@ -91,22 +91,47 @@ def measure(shape: ModelShape, width: str, arch: int) -> Iterator[Row]:
     """Every launch of the step, in order."""
     step = step_launches.collect(arch, shape, PLAN, width, LENGTH, device="cpu")
     for launch, reachable in zip(step.launches, step.reachable, strict=True):
-        wave = max(1, WAVE // (32 * launch.warps))
-        device = Device(
-            arch,
-            ordered=False,
-            streams=is_stream,
-            waves=lambda blocks, n=wave: [range(i, min(i + n, blocks)) for i in range(0, blocks, n)],
-        )
-        machine = device.launch(launch, reachable)
-        must = mark(machine.memory, needed(launch, reachable))
-        missed = SECTOR * int((must & ~machine.traffic.touched).sum())
-        splits = launch.constants.get("SPLIT", 1)
-        yield Row(launch.op, splits, SECTOR * int(must.sum()), machine.traffic.bytes, missed)
+        yield _count(launch, reachable, arch)
+
+
+def attention(shape: ModelShape, arch: int, device: str = "cpu"):
+    """The launch of attention over a float16 cache of LENGTH, its position to be set."""
+    from d3rt.kernels.cuda import plans
+
+    heads, cache = (1, shape.H, shape.d), (1, shape.G, LENGTH, shape.d)
+    out, q = (torch.zeros(heads, device=device) for _ in range(2))
+    k_cache, v_cache = (torch.zeros(cache, dtype=torch.float16, device=device) for _ in range(2))
+    pos = torch.zeros(1, dtype=torch.int32, device=device)
+    (launch,) = plans.attention(arch, out, q, k_cache, v_cache, pos, shape.d**-0.5, 0)
+    return launch
+
+
+def measure_attention(shape: ModelShape, arch: int, context: int) -> Row:
+    """Attention to the first `context` positions of the cache."""
+    launch = attention(shape, arch)
+    launch.arguments["pos"].fill_(context - 1)
+    return _count(launch, dict(launch.arguments), arch, context - 1)
+
+
+def _count(launch, reachable: dict[str, Tensor], arch: int, last: int = LENGTH - 1) -> Row:
+    wave = max(1, WAVE // (32 * launch.warps))
+    device = Device(
+        arch,
+        ordered=False,
+        streams=is_stream,
+        waves=lambda blocks: [range(i, min(i + wave, blocks)) for i in range(0, blocks, wave)],
+    )
+    machine = device.launch(launch, reachable)
+    must = mark(machine.memory, needed(launch, reachable, last))
+    missed = SECTOR * int((must & ~machine.traffic.touched).sum())
+    splits = launch.constants.get("SPLIT", 1)
+    return Row(launch.op, splits, SECTOR * int(must.sum()), machine.traffic.bytes, missed)
 
 
 def compile_ahead() -> None:
     """All kernels of the table into Triton's cache, the last first, beside a process that begins with the first."""
+    for model, arch in ATTENTION:
+        compiled(attention(SHAPES[model], arch, "meta"), arch)
     for model, width, arch in reversed(WHAT):
         for launch in step_launches.collect(arch, SHAPES[model], PLAN, width, LENGTH).launches:
             compiled(launch, arch)

@@ -22,7 +22,7 @@ from d3rt.sampling import SamplingParams
 
 AHEAD = 4  # steps enqueued beyond the last whose token has been read; fewer than RING
 # The state of a first self-check: far enough for several splits of the attention, different in each slot.
-CHECK_POS, CHECK_STRIDE = 300, 37
+CHECK_POS, CHECK_STRIDE = 700, 37
 CHECKED_AS = SamplingParams(True, temperature=0.8, top_k=50, top_p=0.95, min_p=0.01, repetition_penalty=1.1)
 
 

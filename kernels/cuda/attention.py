@@ -2,8 +2,9 @@
 
 kernels/reference.py is its definition. Each program takes one key-value head, all query heads that share it, and a
 stretch of positions, with an online softmax (arXiv 2205.14135; the split over positions: crfm.stanford.edu/2023/10/12/
-flashdecoding.html). How many stretches there are depends on pos, which only the device knows: programs beyond them stop
-at once. The last to arrive merges the others' sums, in order of position.
+flashdecoding.html). How many stretches there are depends on pos, which only the device knows: no more than leave each
+its fewest positions, and programs beyond them stop at once. The last to arrive merges the others' sums, in order of
+position.
 
 With DOT the products run on tensor cores, q and the weights of the softmax rounded to the cache's 16-bit type, as
 flash-attention and Hugging Face's own 16-bit models do. Without, everything is float32: for a float32 cache, and for
@@ -35,7 +36,8 @@ def attention(
     GROUP_BLOCK: tl.constexpr,  # H / G rounded up to what the product wants
     D_BLOCK: tl.constexpr,
     BT: tl.constexpr,
-    SPLIT: tl.constexpr,
+    SPLIT: tl.constexpr,  # programs of a slot and head
+    FEWEST: tl.constexpr,  # positions that are worth a program's sums
     DOT: tl.constexpr,
 ):
     """grid (G, SPLIT, B)"""
@@ -44,7 +46,8 @@ def attention(
     last = tl.load(pos + slot)
     first = tl.maximum(0, last + 1 - WINDOW) if WINDOW else 0
     tiles = (last - first) // BT + 1
-    share = (tiles + SPLIT - 1) // SPLIT  # tiles of each program
+    most = tl.minimum(SPLIT, tl.maximum(1, (last + 1 - first) // FEWEST))
+    share = (tiles + most - 1) // most  # tiles of each program
     splits = (tiles + share - 1) // share  # programs that have any
     if split >= splits:
         return
@@ -87,6 +90,8 @@ def attention(
     target = out + (slot * H + head * GROUP + lanes)[:, None] * HEAD_DIM + d[None, :]
     put = mine[:, None] & inside[None, :]
     if SPLIT == 1:
+        tl.store(target, sums / total[:, None], mask=put)
+    elif splits == 1:
         tl.store(target, sums / total[:, None], mask=put)
     else:
         LINE: tl.constexpr = D_BLOCK + 2  # sums, then the largest score and the total of the weights

@@ -512,14 +512,16 @@ def attention(
     tile, dot = tiles.attention_tile(arch, group, width, k_cache.dtype.itemsize == 2)
     if dot:
         group, width = max(16, group), max(16, width)  # the smallest product of a tensor core
-    steps = triton.cdiv(min(window, length) if window else length, tile.positions)
+    fewest = tiles.fewest_positions(heads // kv_heads, head_dim, k_cache.dtype.itemsize)
+    longest = min(window, length) if window else length
     most = max(1, tiles.MULTIPROCESSORS[arch] * tile.blocks // (kv_heads * batch))
-    split = min(steps, most, 64)
+    split = min(triton.cdiv(longest, tile.positions), max(1, longest // fewest), most, 64)
     values = {
         **{"out": out, "q": q, "k_cache": k_cache, "v_cache": v_cache, "pos": pos},
         **{"partials": PARTIALS if split > 1 else None, "counters": COUNTERS if split > 1 else None},
         **{"SCALE": scale, "WINDOW": window, "H": heads, "G": kv_heads, "HEAD_DIM": head_dim},
-        **{"GROUP_BLOCK": group, "D_BLOCK": width, "BT": tile.positions, "SPLIT": split, "DOT": dot},
+        **{"GROUP_BLOCK": group, "D_BLOCK": width, "BT": tile.positions, "SPLIT": split},
+        **{"FEWEST": fewest, "DOT": dot},
         **_cache_strides(op, batch, kv_heads, head_dim, k_cache, v_cache),
     }
     return [

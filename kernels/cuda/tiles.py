@@ -99,6 +99,17 @@ def splits(arch: int, tile: Tile, blocks: int, steps: int, most: int) -> int:
     return max(1, min(wanted, steps, most, 16))
 
 
+def fewest_positions(group: int, head_dim: int, itemsize: int) -> int:
+    """Positions that a program of attention must have at least, for `group` query heads a key-value head: so many that
+    the float32 sums it leaves are 1/20 of its K,V, at most.
+
+    This costs programs while the context is short: at 512 positions SmolLM2-135M has 24 (the tiles alone would allow 96
+    on sm_70), and Llama-3.2-1B 48 on sm_70 (160) and 32 on sm_80 (64), fewer than there are multiprocessors. Whether
+    finer programs, whose sums an L2 cache may well keep from memory, are quicker there, only a GPU can say."""
+    sums = -(-group * (head_dim + 2) * 4 // 32) * 32  # memory moves sectors of 32 bytes
+    return -(-20 * sums // (2 * head_dim * itemsize))
+
+
 def attention_tile(arch: int, group: int, head_dim: int, sixteen_bit: bool) -> tuple[AttentionTile, bool]:
     """(tile, whether with tensor cores) for `group` query heads a key-value head, rounded up to a power of 2."""
     cores = _ATTENTION_BY_ARCH[arch]

@@ -2,6 +2,7 @@
 worse than tests/gpu/budgets.json says. `python tests/budgets.py` writes that file; read the difference before you
 commit it."""
 
+import itertools
 import json
 import subprocess
 import sys
@@ -9,12 +10,19 @@ from types import SimpleNamespace
 
 import budgets
 import pytest
+import tiny_models
+import torch
+
+import d3rt
+from d3rt.models.decoder import StepBuffers
+from d3rt.plan import LayerSet, Plan
 
 pytest.importorskip("triton", reason="triton is not installed")
 import triton  # noqa: E402
 
 JOBS = [str(job) for job in budgets.jobs()]
 BUDGET = json.loads(budgets.BUDGETS.read_text(encoding="utf-8"))
+OPS = (*budgets.MATVECS, "embed", "attention", "sample", "advance")
 STREAMS = ("norm_qkv_rope", "proj_add", "norm_gate_up", "kv_fill", "norm_logits", "attention")
 each_kernel = pytest.mark.parametrize("job", JOBS)
 
@@ -67,6 +75,66 @@ def test_is_no_worse_than_its_budget(measured, job):
     assert got.shared <= budget["shared"]
     assert got.tensor_core >= budget["tensor_core"]
     assert got.blocks >= budget["blocks"] and got.occupancy >= budget["occupancy"]
+
+
+# -- whether these are the kernels that a generation launches ----------------------------------------------------------
+
+
+def kinds(launch) -> frozenset:
+    """What a kernel is made of, but for sizes: of each parameter its type, whether it is there, which way it sends the
+    kernel. How often it is split is a size too."""
+    given = {
+        name: value
+        for name, value in (launch.signature() | launch.constants).items()
+        if name not in ("partials", "counters")
+    }
+    given |= {name: given[name] > 0 for name in ("WINDOW",) if name in given}
+    return frozenset(
+        (launch.kernel.__name__, name, str(value))
+        for name, value in given.items()
+        if not isinstance(value, int | float) or isinstance(value, bool)
+    )
+
+
+def recorded(model: str, width: str) -> list:
+    """The launches of recorded steps of a tiny model, one that fills and all ways to end it, on an A100."""
+    from d3rt.backends.cuda_record import Recorder
+    from d3rt.backends.cuda_slots import EOS_PLACES, Kind, SlotBuffers
+
+    cpu = torch.device("cpu")
+    dtype = budgets.FLOATS.get(width, torch.float16)
+    weights = {} if width in budgets.FLOATS else {"weights": width}
+    hf_model = tiny_models.fresh(model, dtype, **({} if width in budgets.FLOATS else tiny_models.PACKABLE))
+    runtime = d3rt.compile(hf_model, backend="reference", batch_size=2, **weights)
+    decoder, cache, rope = runtime._decoder, runtime._cache, runtime._rope
+    layers = decoder.config.num_hidden_layers
+    buffers, slots = StepBuffers(decoder.config, cache, *rope, 2), SlotBuffers(2, tiny_models.VOCAB_SIZE, cpu)
+    ops = Recorder(80, cpu, lambda tensor: True)
+    decoder.decode_step(ops, Plan.of(LayerSet.of(range(1, layers), layers), fill=[0]), buffers)
+    for draw, penalty in itertools.product([False, True], repeat=2):
+        kind = Kind(draw, penalty, EOS_PLACES)
+        slots.provide(kind)
+        slots.record(ops, kind, buffers.token, buffers.pos, buffers.logits)
+    return ops.recorded.launches
+
+
+@pytest.fixture(scope="module")
+def gated():
+    """kinds of each kernel of the gate on an A100."""
+    return [kinds(*budgets.launches(job)) for job in budgets.jobs() if job.arch == 80]
+
+
+@pytest.mark.parametrize("width", ["float32", "float16", "bfloat16", "int8", "int4"])
+@pytest.mark.parametrize("model", ["llama-biases", "mistral-window", "qwen2", "qwen3"])
+def test_the_gate_has_every_kind_of_kernel_that_a_step_launches(gated, model, width):
+    """Of sample and advance each combination, of the others each kind of each parameter."""
+    together = frozenset().union(*gated)
+    launches = recorded(model, width)
+    assert {launch.op for launch in launches} == set(OPS)
+    for launch in launches:
+        assert kinds(launch) <= together, launch.op
+        if launch.op in ("sample", "advance"):
+            assert kinds(launch) in gated, launch.op
 
 
 def test_resident_blocks_are_those_of_nvidias_occupancy_calculator():

@@ -84,7 +84,7 @@ def test_does_what_the_reference_says(job):
 
 def is_split(job) -> bool:
     if job.case.op == "attention":
-        return job.case.name in ("gqa3", "gqa16", "head_dim128", "chunk_over", "window_over_chunks")
+        return job.case.name in ("gqa3", "gqa16", "head_dim128", "window_over_chunks")
     return "long" in job.case.name
 
 

@@ -17,6 +17,8 @@ from ptx.device import Device, Emitted  # noqa: E402
 from ptx.memory import Memory  # noqa: E402
 from ptx.traffic import KEPT, SECTOR, Traffic, mark  # noqa: E402
 
+from d3rt.kernels.cuda import tiles  # noqa: E402
+
 MOST = 1.05
 
 
@@ -38,6 +40,21 @@ def test_every_launch_moves_at_most_a_twentieth_more_than_it_must(compiling_ahea
     for row in rows:
         assert row.missed == 0, f"{row}: something that the op needs was never touched"
         assert 1 <= row.ratio <= MOST, row
+
+
+CONTEXTS = (512, 1024, 2048, 4096)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model, arch", traffic_table.ATTENTION)
+def test_attention_does_so_however_few_positions_there_are(compiling_ahead, model, arch):
+    """Two splits are the fewest there are sums of; one leaves none."""
+    shape = traffic_table.SHAPES[model]
+    fewest = tiles.fewest_positions(shape.H // shape.G, shape.d, 2)
+    for context in (1, 2 * fewest - 1, 2 * fewest, *CONTEXTS):
+        row = traffic_table.measure_attention(shape, arch, context)
+        assert row.missed == 0, f"{context} positions: {row}"
+        assert 1 <= row.ratio <= MOST, f"{context} positions: {row}"
 
 
 def machine_of(case: Case, waves=lambda blocks: None):
