@@ -150,7 +150,7 @@ class Outline:
         family = family_of(hf_config)
         self.config = family.config(hf_config)
         self.widths = widths
-        weights = family.weights(OutlineSource(hf_config), widths.weights, widths.lm_head)
+        weights = family.weights(OutlineSource(hf_config), widths.weights, widths.lm_head, "meta")
         self.decoder = Decoder(self.config, weights)
         self.weight_bytes = nbytes(weights.tensors())
         self._known: dict[tuple[Plan, int], Counter[Node]] = {}
