@@ -81,6 +81,9 @@ class CpuBackend:
         _C = native()
         self.threads = threads or usable_cores()
         self._pool = _C.ThreadPool(self.threads)
+        # For work between torch's products: its threads spin for some milliseconds after each and hold their cores, and
+        # whoever waits for a thread of ours that gets none waits for them.
+        self._few = _C.ThreadPool(max(1, self.threads // 2))
         self._arena = _C.Arena()
         self._gemm_dtypes = gemm_dtypes()
         self._unpacked_dtype = torch.bfloat16 if torch.bfloat16 in self._gemm_dtypes else torch.float32
@@ -113,7 +116,7 @@ class CpuBackend:
                 native().linear(self._pool, out, x.contiguous(), w)
                 return out
             dense = self._dense(w.shape, self._unpacked_dtype)
-            native().unpack(self._pool, dense, w)
+            native().unpack(self._few, dense, w)
             return typed_linear(x, dense)
         if w.dtype in self._gemm_dtypes:
             return typed_linear(x, w)
