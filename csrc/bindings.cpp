@@ -146,13 +146,15 @@ void translate(std::exception_ptr error) {
   }
 }
 
-void record_kv_fill(TensorTape& tape, const py::sequence& layers, T x, T cos, T sin, T pos, float eps) {
+void record_kv_fill(TensorTape& tape, const py::sequence& layers, T x, T cos, T sin, T pos, float eps,
+                    T lines) {
   KvFill op;
   op.x = tape.view(x);
   op.cos = tape.view(cos);
   op.sin = tape.view(sin);
   op.pos = tape.view(pos);
   op.eps = eps;
+  op.lines = tape.view(lines);
   for (const py::handle& item : layers) {
     const auto layer = py::reinterpret_borrow<py::tuple>(item);
     if (layer.size() != 8)
@@ -210,22 +212,24 @@ PYBIND11_MODULE(_C, m) {
       .def(
           "norm_qkv_rope",
           [](TensorTape& t, T q, T k_cache, T v_cache, T x, T norm, T wq, T wk, T wv, T bq, T bk, T bv,
-             T q_norm, T k_norm, T cos, T sin, T pos, float eps) {
+             T q_norm, T k_norm, T cos, T sin, T pos, float eps, T lines) {
             t.record(NormQkvRope{t.view(q), t.view(k_cache), t.view(v_cache), t.view(x), t.view(norm),
                                  t.matrix(wq), t.matrix(wk), t.matrix(wv), t.view(bq), t.view(bk), t.view(bv),
-                                 t.view(q_norm), t.view(k_norm), t.view(cos), t.view(sin), t.view(pos), eps});
+                                 t.view(q_norm), t.view(k_norm), t.view(cos), t.view(sin), t.view(pos), eps,
+                                 t.view(lines)});
           },
           py::arg("q"), py::arg("k_cache"), py::arg("v_cache"), py::arg("x"), py::arg("norm"), py::arg("wq"),
           py::arg("wk"), py::arg("wv"), py::arg("bq"), py::arg("bk"), py::arg("bv"), py::arg("q_norm"),
-          py::arg("k_norm"), py::arg("cos"), py::arg("sin"), py::arg("pos"), py::arg("eps"))
+          py::arg("k_norm"), py::arg("cos"), py::arg("sin"), py::arg("pos"), py::arg("eps"),
+          py::arg("lines") = py::none())
       .def(
           "attention",
-          [](TensorTape& t, T out, T q, T k_cache, T v_cache, T pos, float scale, int64_t window) {
+          [](TensorTape& t, T out, T q, T k_cache, T v_cache, T pos, float scale, int64_t window, T lines) {
             t.record(Attention{t.view(out), t.view(q), t.view(k_cache), t.view(v_cache), t.view(pos), scale,
-                               window});
+                               window, t.view(lines)});
           },
           py::arg("out"), py::arg("q"), py::arg("k_cache"), py::arg("v_cache"), py::arg("pos"),
-          py::arg("scale"), py::arg("window"))
+          py::arg("scale"), py::arg("window"), py::arg("lines") = py::none())
       .def(
           "proj_add",
           [](TensorTape& t, T x, T a, T w, T bias) {
@@ -241,7 +245,13 @@ PYBIND11_MODULE(_C, m) {
           py::arg("h"), py::arg("x"), py::arg("norm"), py::arg("w_gate"), py::arg("w_up"), py::arg("b_gate"),
           py::arg("b_up"), py::arg("eps"))
       .def("kv_fill", record_kv_fill, py::arg("layers"), py::arg("x"), py::arg("cos"), py::arg("sin"),
-           py::arg("pos"), py::arg("eps"))
+           py::arg("pos"), py::arg("eps"), py::arg("lines") = py::none())
+      .def(
+          "keep_hidden",
+          [](TensorTape& t, T hidden, T x, T pos, T lines) {
+            t.record(KeepHidden{t.view(hidden), t.view(x), t.view(pos), t.view(lines)});
+          },
+          py::arg("hidden"), py::arg("x"), py::arg("pos"), py::arg("lines") = py::none())
       .def(
           "norm_logits",
           [](TensorTape& t, T logits, T x, T norm, T w, float eps) {

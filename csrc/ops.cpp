@@ -42,12 +42,12 @@ class Binder {
   }
   float* f32(const char* name, const TensorView& view, std::initializer_list<int64_t> sizes) const {
     check_view(op_, name, view, DType::f32, sizes);
-    return own(name, view).ptr<float>();
+    return owned(name, view).ptr<float>();
   }
   // Any float type, contiguous.
   void* plain(const char* name, const TensorView& view, std::initializer_list<int64_t> sizes) const {
     check_view(op_, name, view, view.dtype, sizes);
-    return own(name, view).data;
+    return owned(name, view).data;
   }
   const float* optional_f32(const char* name, const TensorView& view,
                             std::initializer_list<int64_t> sizes) const {
@@ -55,7 +55,7 @@ class Binder {
   }
   const int32_t* i32(const char* name, const TensorView& view, std::initializer_list<int64_t> sizes) const {
     check_view(op_, name, view, DType::i32, sizes);
-    return own(name, view).ptr<int32_t>();
+    return owned(name, view).ptr<int32_t>();
   }
   cpu::Store store(const char* name, const TensorView& view) const {
     if (view && view.dtype == DType::f32) return cpu::Store::f32;
@@ -71,7 +71,7 @@ class Binder {
     const cpu::Store kept = store(name, w.data);
     check_view(op_, name, w.data, w.data.dtype, {rows, cols}, false);
     const int64_t found = w.data.size(0);
-    return {own(name, w.data).data,
+    return {owned(name, w.data).data,
             found,
             w.data.size(1),
             w.data.strides[0],
@@ -94,24 +94,26 @@ class Binder {
     check_view(op_, name, w.data, DType::byte, {tiles, groups, is_int8 ? 8 : 4, cpu::kTileRows, 4});
     check_view(op_, name, w.scales, DType::f16, {tiles, groups, cpu::kTileRows});
     if (w.minima) check_view(op_, name, w.minima, DType::f16, {tiles, groups, cpu::kTileRows});
-    return {own(name, w.data).data,
+    return {owned(name, w.data).data,
             w.rows,
             w.cols,
             w.cols,
             optional_f32("bias", bias, {w.rows}),
             is_int8 ? cpu::Store::int8 : cpu::Store::int4,
-            own(name, w.scales).ptr<cpu::f16>(),
-            w.minima ? own(name, w.minima).ptr<cpu::f16>() : nullptr};
+            owned(name, w.scales).ptr<cpu::f16>(),
+            w.minima ? owned(name, w.minima).ptr<cpu::f16>() : nullptr};
   }
-  cpu::Cache cache(const TensorView& k, const TensorView& v, int64_t B, int64_t G, int64_t S,
-                   int64_t d) const {
+  cpu::Cache cache(const TensorView& k, const TensorView& v, const TensorView& lines, int64_t B, int64_t G,
+                   int64_t S, int64_t d) const {
     const bool is_int8 = k && k.dtype == DType::byte;
     const cpu::Store kept = is_int8 ? cpu::Store::int8 : store("k_cache", k);
     const int64_t line = is_int8 ? d + cpu::kLineScaleBytes : d;
-    check_view(op_, "k_cache", k, k.dtype, {B, G, S, line}, false);
-    check_view(op_, "v_cache", v, k.dtype, {B, G, S, line}, false);
+    check_view(op_, "k_cache", k, k.dtype, {lines ? -1 : B, G, S, line}, false);
+    check_view(op_, "v_cache", v, k.dtype, {k.size(0), G, S, line}, false);
     if (k.strides != v.strides) refuse("k_cache and v_cache must have the same strides");
-    return {own("k_cache", k).data, own("v_cache", v).data, k.strides[0], k.strides[1], k.strides[2], kept};
+    const int32_t* of = lines ? i32("lines", lines, {B}) : nullptr;
+    return {owned("k_cache", k).data, owned("v_cache", v).data, k.strides[0], k.strides[1], k.strides[2], kept,
+            of};
   }
   cpu::Rope rope(const TensorView& cos, const TensorView& sin, const TensorView& pos, int64_t B,
                  int64_t d) const {
@@ -119,9 +121,7 @@ class Binder {
     const float* cosines = f32("cos", cos, {-1, d / 2});
     return {cosines, f32("sin", sin, {cos.size(0), d / 2}), i32("pos", pos, {B})};
   }
-
- private:
-  const TensorView& own(const char* name, const TensorView& view) const {
+  const TensorView& owned(const char* name, const TensorView& view) const {
     if (!arena_.owns(view))
       throw ForeignBuffer(
           std::string(op_) + ": " + name + " (" + view.describe() +
@@ -130,6 +130,7 @@ class Binder {
     return view;
   }
 
+ private:
   const char* op_;
   const Arena& arena_;
 };
@@ -147,6 +148,17 @@ std::function<void()> guard_range(const char* op, const char* name, const int32_
       throw InvalidArgument(std::string(op) + ": " + name + "[" + std::to_string(b) + "] is " +
                             std::to_string(index[b]) + ", but must be in 0.." + std::to_string(limit - 1));
     }
+  };
+}
+
+// pos within the cache, and lines, where they are given, within its first dimension.
+std::function<void()> guard_places(const char* op, const int32_t* pos, int64_t limit, const int32_t* lines,
+                                   int64_t num_lines, int64_t count) {
+  auto positions = guard_range(op, "pos", pos, count, limit);
+  if (!lines) return positions;
+  return [positions = std::move(positions), within = guard_range(op, "lines", lines, count, num_lines)] {
+    positions();
+    within();
   };
 }
 
@@ -208,7 +220,7 @@ Node bind(const NormQkvRope& op, const Arena& arena, const cpu::Kernels& kernels
   args.w[2] = to.matrix("wv", op.wv, G * d, D, op.bv);
   args.q_norm = to.optional_f32("q_norm", op.q_norm, {d});
   args.k_norm = to.optional_f32("k_norm", op.k_norm, {d});
-  args.cache = to.cache(op.k_cache, op.v_cache, B, G, S, d);
+  args.cache = to.cache(op.k_cache, op.v_cache, op.lines, B, G, S, d);
   args.rope = to.rope(op.cos, op.sin, op.pos, B, d);
   args.eps = op.eps;
   args.B = static_cast<int>(B);
@@ -218,7 +230,8 @@ Node bind(const NormQkvRope& op, const Arena& arena, const cpu::Kernels& kernels
   args.d = static_cast<int>(d);
   return node("norm_qkv_rope", 2, B * (H + 2 * G) * d + num_threads * norm_scratch(B, D),
               kernels.norm_qkv_rope, args,
-              guard_range("norm_qkv_rope", "pos", args.rope.pos, B, std::min(S, op.cos.size(0))));
+              guard_places("norm_qkv_rope", args.rope.pos, std::min(S, op.cos.size(0)), args.cache.lines,
+                           op.k_cache.size(0), B));
 }
 
 Node bind(const Attention& op, const Arena& arena, const cpu::Kernels& kernels, int) {
@@ -234,7 +247,7 @@ Node bind(const Attention& op, const Arena& arena, const cpu::Kernels& kernels, 
   cpu::AttentionArgs args{};
   args.out = to.f32("out", op.out, {B, H, d});
   args.q = to.f32("q", op.q, {B, H, d});
-  args.cache = to.cache(op.k_cache, op.v_cache, B, G, S, d);
+  args.cache = to.cache(op.k_cache, op.v_cache, op.lines, B, G, S, d);
   args.pos = to.i32("pos", op.pos, {B});
   args.scale = op.scale;
   args.window = static_cast<int>(std::min(op.window, S));
@@ -245,7 +258,7 @@ Node bind(const Attention& op, const Arena& arena, const cpu::Kernels& kernels, 
   args.S = static_cast<int>(S);
   const int64_t chunks = (S + cpu::kAttentionChunk - 1) / cpu::kAttentionChunk;
   return node("attention", 2, B * H * chunks * (d + 2), kernels.attention, args,
-              guard_range("attention", "pos", args.pos, B, S));
+              guard_places("attention", args.pos, S, args.cache.lines, op.k_cache.size(0), B));
 }
 
 Node bind(const ProjAdd& op, const Arena& arena, const cpu::Kernels& kernels, int num_threads) {
@@ -296,7 +309,7 @@ Node bind(const KvFill& op, const Arena& arena, const cpu::Kernels& kernels, int
     fill.w[0] = to.matrix("wk", layer.wk, G * d, D, layer.bk);
     fill.w[1] = to.matrix("wv", layer.wv, G * d, D, layer.bv);
     fill.k_norm = to.optional_f32("k_norm", layer.k_norm, {d});
-    fill.cache = to.cache(layer.k_cache, layer.v_cache, B, G, S, d);
+    fill.cache = to.cache(layer.k_cache, layer.v_cache, op.lines, B, G, S, d);
     layers->push_back(fill);
   }
   args.layers = layers->data();
@@ -307,13 +320,36 @@ Node bind(const KvFill& op, const Arena& arena, const cpu::Kernels& kernels, int
   args.D = static_cast<int>(D);
   args.G = static_cast<int>(G);
   args.d = static_cast<int>(d);
+  for (const KvFill::Layer& layer : op.layers)
+    if (layer.k_cache.size(0) != first.size(0)) to.refuse("the layers' caches differ in their number of lines");
   Node filled =
       node("kv_fill", 2, args.num_layers * B * 2 * G * d + num_threads * norm_scratch(B, D), kernels.kv_fill,
-           args, guard_range("kv_fill", "pos", args.rope.pos, B, std::min(S, op.cos.size(0))));
+           args,
+           guard_places("kv_fill", args.rope.pos, std::min(S, op.cos.size(0)),
+                        layers->front().cache.lines, first.size(0), B));
   filled.run = [layers, run = std::move(filled.run)](float* scratch, int phase, int thread, int num_threads) {
     run(scratch, phase, thread, num_threads);  // `layers` lives as long as the node
   };
   return filled;
+}
+
+Node bind(const KeepHidden& op, const Arena& arena, const cpu::Kernels& kernels, int) {
+  const Binder to("keep_hidden", arena);
+  const int64_t B = to.batch(op.x);
+  cpu::KeepHiddenArgs args{};
+  args.x = to.f32("x", op.x, {B, -1});
+  args.store = to.store("hidden", op.hidden);
+  check_view("keep_hidden", "hidden", op.hidden, op.hidden.dtype, {op.lines ? -1 : B, -1, op.x.size(1)}, false);
+  if (op.hidden.strides[2] != 1) to.refuse("the rows of hidden must be contiguous");
+  args.hidden = to.owned("hidden", op.hidden).data;
+  args.line_stride = op.hidden.strides[0];
+  args.pos_stride = op.hidden.strides[1];
+  args.pos = to.i32("pos", op.pos, {B});
+  args.lines = op.lines ? to.i32("lines", op.lines, {B}) : nullptr;
+  args.B = static_cast<int>(B);
+  args.D = static_cast<int>(op.x.size(1));
+  return node("keep_hidden", 1, 0, kernels.keep_hidden, args,
+              guard_places("keep_hidden", args.pos, op.hidden.size(1), args.lines, op.hidden.size(0), B));
 }
 
 Node bind(const NormLogits& op, const Arena& arena, const cpu::Kernels& kernels, int num_threads) {

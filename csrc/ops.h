@@ -4,7 +4,8 @@
 // kernels/reference.py. Shape letters: B slots, S max_seq_len, D hidden_size, H num_attention_heads, G
 // num_key_value_heads, d head_dim, F intermediate_size, V vocab_size. "W" is a weight: float32, bfloat16,
 // float16, or packed int8 or int4; the cache is a float type, or int8 with lines of d + 4 bytes (cpu/args.h);
-// all other buffers are float32. [] marks a view that may be missing.
+// all other buffers are float32. [] marks a view that may be missing. `lines` says which line of a cache of
+// more than B of them is whose; without it, slot b has line b.
 #pragma once
 
 #include <functional>
@@ -47,6 +48,7 @@ struct NormQkvRope {
   TensorView cos, sin;          // [S, d/2]
   TensorView pos;               // [B] int32
   float eps = 0;
+  TensorView lines;  // [] [B] int32; then the caches are [lines, G, S, d]
 };
 
 // out = softmax(scale q K^T) V over positions max(0, pos + 1 - window) .. pos
@@ -57,6 +59,7 @@ struct Attention {
   TensorView pos;               // [B] int32
   float scale = 0;
   int64_t window = 0;  // 0: no window
+  TensorView lines;    // [] [B] int32; then the caches are [lines, G, S, d]
 };
 
 // x += a W^T + b
@@ -91,6 +94,15 @@ struct KvFill {
   TensorView cos, sin;  // [S, d/2]
   TensorView pos;       // [B] int32
   float eps = 0;
+  TensorView lines;  // [] [B] int32; then the caches are [lines, G, S, d]
+};
+
+// hidden[pos] = x: what a kv_fill of these positions will start from
+struct KeepHidden {
+  TensorView hidden;  // [B, S, D] float32, bfloat16 or float16, out, at pos
+  TensorView x;       // [B, D]
+  TensorView pos;     // [B] int32
+  TensorView lines;   // [] [B] int32; then hidden is [lines, S, D]
 };
 
 // logits = RMSNorm(x) W^T
@@ -157,6 +169,7 @@ Node bind(const Attention&, const Arena&, const cpu::Kernels&, int num_threads);
 Node bind(const ProjAdd&, const Arena&, const cpu::Kernels&, int num_threads);
 Node bind(const NormGateUp&, const Arena&, const cpu::Kernels&, int num_threads);
 Node bind(const KvFill&, const Arena&, const cpu::Kernels&, int num_threads);
+Node bind(const KeepHidden&, const Arena&, const cpu::Kernels&, int num_threads);
 Node bind(const NormLogits&, const Arena&, const cpu::Kernels&, int num_threads);
 Node bind(const Linear&, const Arena&, const cpu::Kernels&, int num_threads);
 Node bind(const Unpack&, const Arena&, const cpu::Kernels&, int num_threads);

@@ -88,6 +88,9 @@ class Meter:
             multiply_adds=_multiply_adds(rows, *products),
         )
 
+    def keep_hidden(self, hidden, x, pos) -> None:
+        self._add("keep_hidden", [], x.nbytes + len(x) * hidden.shape[-1] * hidden.element_size())
+
     def norm_logits(self, logits, x, norm, w, eps) -> None:
         self._add("norm_logits", [norm, w], x.nbytes + logits.nbytes, multiply_adds=_multiply_adds(len(x), w))
 

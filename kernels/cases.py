@@ -22,7 +22,11 @@ from d3rt.kernels.reference import FillLayer
 
 EPS = 1e-5
 ROPE_THETA = 10000.0
-OPS = ("embed", "norm_qkv_rope", "attention", "proj_add", "norm_gate_up", "kv_fill", "norm_logits")
+LINES = 20  # of a cache that has more than the op has slots
+OPS = (
+    *("embed", "norm_qkv_rope", "attention", "proj_add", "norm_gate_up", "kv_fill", "keep_hidden"),
+    "norm_logits",
+)
 
 
 @dataclass(frozen=True)
@@ -52,6 +56,7 @@ class Case:
     head_norm: bool = False
     row_gap: int = 0
     int8_cache: bool = False
+    lines: tuple[int, ...] = ()  # of the cache, one a slot; the cache then has LINES of them
 
     def __post_init__(self):
         if self.S and (len(self.pos) != self.B or not all(0 <= p < self.S for p in self.pos)):
@@ -62,6 +67,7 @@ class Case:
     def __str__(self) -> str:
         """What pytest and the benches show, e.g. "attention-gqa3-bfloat16-B1"."""
         cache = "-int8_cache" if self.int8_cache else ""
+        cache += "-lines" * bool(self.lines)
         return f"{self.op}-{self.name}-{str(self.dtype).removeprefix('torch.')}{cache}-B{self.B}"
 
     @property
@@ -100,6 +106,7 @@ def outputs(case: Case, arguments: dict[str, Any]) -> dict[str, Tensor]:
         "attention": ["out"],
         "proj_add": ["x"],
         "norm_gate_up": ["h"],
+        "keep_hidden": ["hidden"],
         "kv_fill": [f"layers[{i}].{part}" for i in range(case.layers) for part in ("k_cache", "v_cache")],
         "norm_logits": ["logits"],
     }[case.op]
@@ -113,9 +120,15 @@ def outputs(case: Case, arguments: dict[str, Any]) -> dict[str, Tensor]:
 
 def owned(case: Case, name: str) -> Any:
     """Index of the elements of output `name` that the op writes."""
+    if name == "hidden":
+        return _lines_of(case), torch.tensor(case.pos)
     if name.endswith("_cache"):
-        return torch.arange(case.B), slice(None), torch.tensor(case.pos)
+        return _lines_of(case), slice(None), torch.tensor(case.pos)
     return slice(None)
+
+
+def _lines_of(case: Case) -> Tensor:
+    return torch.tensor(case.lines) if case.lines else torch.arange(case.B)
 
 
 def bytes_moved(case: Case) -> int:
@@ -143,6 +156,8 @@ def bytes_moved(case: Case) -> int:
     if case.op == "kv_fill":
         weights = kv_rows * (case.D * kept + biases) + case.D * 4 + case.d * 4 * case.head_norm
         return case.layers * (weights + case.B * lines) + x + rope
+    if case.op == "keep_hidden":
+        return x + case.B * case.D * kept
     if case.op == "norm_logits":
         return case.V * case.D * kept + case.D * 4 + x + case.B * case.V * 4
     raise ValueError(f"op {case.op!r}: choose one of {', '.join(OPS)}")
@@ -194,11 +209,15 @@ class _Maker:
     def cache(self, readable: bool) -> Tensor:
         """[B, G, S, d], as int8 [B, G, S, d + 4]: NaN, but for the positions that attention reads when `readable`."""
         case = self.case
-        cache = torch.full((case.B, case.G, case.S, case.d), float("nan"))
-        for slot, last in enumerate(case.pos if readable else ()):
+        cache = torch.full((LINES if case.lines else case.B, case.G, case.S, case.d), float("nan"))
+        for line, last in zip(_lines_of(case).tolist(), case.pos if readable else (), strict=False):
             first = max(0, last + 1 - case.window) if case.window else 0
-            cache[slot, :, first : last + 1] = self.random(case.G, last + 1 - first, case.d)
+            cache[line, :, first : last + 1] = self.random(case.G, last + 1 - first, case.d)
         return self.place(kv_line.kept_as(cache, case.cache_dtype))
+
+    def line_table(self) -> dict[str, Tensor]:
+        lines = self.case.lines
+        return {"lines": self.place(torch.tensor(lines, dtype=torch.int32))} if lines else {}
 
     def rope(self) -> dict[str, Tensor]:
         case = self.case
@@ -236,6 +255,7 @@ class _Maker:
             **self.rope(),
             "pos": self.positions(),
             "eps": EPS,
+            **self.line_table(),
         }
 
     def attention(self) -> dict[str, Any]:
@@ -248,6 +268,7 @@ class _Maker:
             "pos": self.positions(),
             "scale": case.d**-0.5,
             "window": case.window,
+            **self.line_table(),
         }
 
     def proj_add(self) -> dict[str, Any]:
@@ -289,7 +310,18 @@ class _Maker:
             for _ in range(case.layers)
         ]
         x = self.activation(case.B, case.D)
-        return {"layers": layers, "x": x, **self.rope(), "pos": self.positions(), "eps": EPS}
+        places = {**self.rope(), "pos": self.positions(), "eps": EPS, **self.line_table()}
+        return {"layers": layers, "x": x, **places}
+
+    def keep_hidden(self) -> dict[str, Any]:
+        case = self.case
+        kept = (LINES if case.lines else case.B, case.S, case.D)
+        return {
+            "hidden": self.place(torch.full(kept, float("nan"), dtype=case.dtype)),
+            "x": self.activation(case.B, case.D),
+            "pos": self.positions(),
+            **self.line_table(),
+        }
 
     def norm_logits(self) -> dict[str, Any]:
         case = self.case
@@ -330,6 +362,9 @@ def _test_cases() -> dict[str, list[Case]]:
 
     def fill(name: str, **sizes: Any) -> Case:
         return qkv(name, "kv_fill", **sizes)
+
+    def keep(name: str, **sizes: Any) -> Case:
+        return qkv(name, "keep_hidden", **sizes)
 
     def proj(name: str, **sizes: Any) -> Case:
         return Case("proj_add", name, _ANY, **sizes)
@@ -417,6 +452,13 @@ def _test_cases() -> dict[str, list[Case]]:
                 fill("head_dim128", D=130, G=1, d=128, S=8, pos=(0,), layers=7, bias=True),
             ]
         ),
+        "keep_hidden": _both(
+            [
+                keep("one", D=1, S=1),
+                keep("odd", D=67, S=5, B=3),
+                keep("full_batch", D=576, S=40, B=16),
+            ]
+        ),
         "norm_logits": _both(
             [
                 logits("one", D=1, V=1),
@@ -469,6 +511,7 @@ def _timed_cases() -> dict[str, list[Case]]:
                 Case("proj_add", f"{m.name}-down_proj", _ANY, B=B, D=m.D, K=m.F),
                 Case("norm_gate_up", m.name, _ANY, B=B, D=m.D, F=m.F),
                 Case("kv_fill", m.name, _ANY, B=B, D=m.D, G=m.G, d=m.d, layers=TIMED_FILL_LAYERS, **cached),
+                Case("keep_hidden", m.name, _ANY, B=B, D=m.D, **cached),
                 Case("norm_logits", m.name, _ANY, B=B, D=m.D, V=m.V),
             ]
             for case in of_model:
@@ -504,6 +547,27 @@ def _int8_cache_cases() -> dict[str, list[Case]]:
     return cases
 
 
+# Of the shapes above, those with several slots: here on lines of a larger cache, in no order.
+_LINE_SHAPES = {
+    "norm_qkv_rope": "head_dim6 head_dim64 gqa16",
+    "attention": "gqa3 gqa16 window_in_chunk",
+    "kv_fill": "three_layers full_batch",
+    "keep_hidden": "one odd full_batch",
+}
+
+
+def _line_cases() -> dict[str, list[Case]]:
+    return {
+        op: [
+            replace(case, lines=tuple((7 * slot + 5) % LINES for slot in range(case.B)))
+            for case in TEST_CASES[op]
+            if case.name in names.split()
+        ]
+        for op, names in _LINE_SHAPES.items()
+    }
+
+
 TEST_CASES: dict[str, list[Case]] = _test_cases()
 INT8_CACHE_CASES: dict[str, list[Case]] = _int8_cache_cases()
+LINE_CASES: dict[str, list[Case]] = _line_cases()
 TIMED_CASES: dict[str, list[Case]] = _timed_cases()

@@ -5,7 +5,8 @@ Boring on purpose. The native kernels (csrc/cpu) and the Triton kernels are held
 token and pos are read from buffers. Arithmetic is float32 whatever the weights and the cache are kept in.
 
 Shape letters: B slots, S max_seq_len, D hidden_size, H num_attention_heads, G num_key_value_heads, d head_dim,
-F intermediate_size, V vocab_size. A weight W is float32, bfloat16, float16 or packed; the cache is a float dtype, or
+F intermediate_size, V vocab_size. `lines` [B] int32 says which line of a cache of more than B lines is whose; without
+it, slot b has line b. A weight W is float32, bfloat16, float16 or packed; the cache is a float dtype, or
 int8 with lines of d + 4 (kv_line.py); biases, norms, cos, sin and activations are float32; token and pos are int32.
 """
 
@@ -82,6 +83,7 @@ def norm_qkv_rope(
     sin: Tensor,
     pos: Tensor,
     eps: float,
+    lines: Tensor | None = None,
 ) -> None:
     """q [B, H, d] = RoPE(norm(RMSNorm(x) wq^T + bq)); K likewise and V, written at pos [B] of k_cache, v_cache
     [B, G, S, d]. x [B, D], norm [D], wq [H d, D], wk and wv [G d, D], q_norm and k_norm [d], cos and sin [S, d/2]."""
@@ -92,30 +94,41 @@ def norm_qkv_rope(
         queries = rms_norm(queries, q_norm, eps)
     at = pos.long()
     q.copy_(rotate(queries, cos[at, None], sin[at, None]))
-    write_kv(k_cache, v_cache, n, wk, wv, bk, bv, k_norm, cos, sin, at, eps)
+    write_kv(k_cache, v_cache, n, wk, wv, bk, bv, k_norm, cos, sin, at, eps, lines)
 
 
-def write_kv(k_cache, v_cache, n, wk, wv, bk, bv, k_norm, cos, sin, at, eps) -> None:
+def write_kv(k_cache, v_cache, n, wk, wv, bk, bv, k_norm, cos, sin, at, eps, lines=None) -> None:
     """K,V of the normed hidden state n [B, D], written at positions at [B] (int64)."""
-    batch, kv_heads = k_cache.shape[:2]
+    batch, kv_heads = len(n), k_cache.shape[1]
     keys, values = (linear(n, w, bias).view(batch, kv_heads, -1) for w, bias in ((wk, bk), (wv, bv)))
     if k_norm is not None:
         keys = rms_norm(keys, k_norm, eps)
-    slots = torch.arange(batch)
+    slots = _lines_of(batch, lines)
     k_cache[slots, :, at] = kv_line.kept_as(rotate(keys, cos[at, None], sin[at, None]), k_cache.dtype)
     v_cache[slots, :, at] = kv_line.kept_as(values, v_cache.dtype)
 
 
+def _lines_of(batch: int, lines: Tensor | None) -> Tensor:
+    return torch.arange(batch) if lines is None else lines.long()
+
+
 def attention(
-    out: Tensor, q: Tensor, k_cache: Tensor, v_cache: Tensor, pos: Tensor, scale: float, window: int
+    out: Tensor,
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    pos: Tensor,
+    scale: float,
+    window: int,
+    lines: Tensor | None = None,
 ) -> None:
     """out [B, H, d] = softmax(scale q K^T) V over positions max(0, pos + 1 - window) .. pos of each slot; window 0 is
     no window. Query head h reads key-value head h // (H / G)."""
     group = q.shape[1] // k_cache.shape[1]
-    for slot, last in enumerate(pos.tolist()):
+    for slot, (line, last) in enumerate(zip(_lines_of(len(q), lines).tolist(), pos.tolist(), strict=True)):
         first = max(0, last + 1 - window) if window else 0
-        keys = kv_line.read(k_cache[slot, :, first : last + 1]).repeat_interleave(group, dim=0)  # [H, T, d]
-        values = kv_line.read(v_cache[slot, :, first : last + 1]).repeat_interleave(group, dim=0)
+        keys = kv_line.read(k_cache[line, :, first : last + 1]).repeat_interleave(group, dim=0)  # [H, T, d]
+        values = kv_line.read(v_cache[line, :, first : last + 1]).repeat_interleave(group, dim=0)
         weights = torch.softmax(torch.einsum("hd,htd->ht", q[slot], keys) * scale, dim=-1)
         out[slot] = torch.einsum("ht,htd->hd", weights, values)
 
@@ -141,13 +154,25 @@ def norm_gate_up(
 
 
 def kv_fill(
-    layers: Sequence[FillLayer], x: Tensor, cos: Tensor, sin: Tensor, pos: Tensor, eps: float
+    layers: Sequence[FillLayer],
+    x: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    pos: Tensor,
+    eps: float,
+    lines: Tensor | None = None,
 ) -> None:
     """K,V of every skipped layer in `layers`, all from the last computed hidden state x [B, D]: each layer's own norm,
     K,V projection and RoPE, scattered at pos [B]."""
     for layer in layers:
         n = rms_norm(x, layer.norm, eps)
-        write_kv(layer.k_cache, layer.v_cache, n, *layer[3:], cos, sin, pos.long(), eps)
+        write_kv(layer.k_cache, layer.v_cache, n, *layer[3:], cos, sin, pos.long(), eps, lines)
+
+
+def keep_hidden(hidden: Tensor, x: Tensor, pos: Tensor, lines: Tensor | None = None) -> None:
+    """hidden [B, S, D], of a float dtype, takes x [B, D] at pos [B]: what a later kv_fill of these positions starts
+    from."""
+    hidden[_lines_of(len(x), lines), pos.long()] = x.to(hidden.dtype)
 
 
 def norm_logits(logits: Tensor, x: Tensor, norm: Tensor, w: Tensor, eps: float) -> None:

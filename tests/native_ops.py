@@ -104,7 +104,7 @@ def bounds_of(case: Case, arguments: dict, right: dict[str, Tensor]) -> dict[str
             rounding = value.abs().amax(-1, keepdim=True) / 127 / 2
         else:
             rounding = ROUNDING[case.dtype] * value.abs() + FLOAT16_STEP * (case.dtype == torch.float16)
-        allowed[name] = arithmetic + rounding * name.endswith("_cache")
+        allowed[name] = arithmetic + rounding * (name == "hidden" or name.endswith("_cache"))
     return allowed
 
 

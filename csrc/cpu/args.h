@@ -53,6 +53,7 @@ struct Cache {
   void* v;
   int64_t slot_stride, head_stride, pos_stride;
   Store store;
+  const int32_t* lines;  // [B], which line of the cache is whose; null: slot b has line b
 };
 
 // cos, sin: [S, d/2], the rotation of HF's half-split layout: pair (j, j + d/2).
@@ -125,6 +126,17 @@ struct KvFillArgs {
   int B, D, G, d;
 };
 
+// hidden[line of b, pos[b]] = x[b]
+struct KeepHiddenArgs {
+  void* hidden;
+  int64_t line_stride, pos_stride;
+  Store store;
+  const float* x;        // [B, D]
+  const int32_t* pos;    // [B]
+  const int32_t* lines;  // [B] or null
+  int B, D;
+};
+
 struct NormLogitsArgs {
   float* logits;   // [B, V]
   const float* x;  // [B, D]
@@ -168,6 +180,7 @@ struct Kernels {
   Kernel<ProjAddArgs> proj_add;
   Kernel<NormGateUpArgs> norm_gate_up;
   Kernel<KvFillArgs> kv_fill;
+  Kernel<KeepHiddenArgs> keep_hidden;
   Kernel<NormLogitsArgs> norm_logits;
   Kernel<LinearArgs> linear;
   Kernel<UnpackArgs> unpack;

@@ -305,8 +305,7 @@ static void attention(const AttentionArgs& a, float* scratch, int phase, int thr
           if (unit < mine.begin || unit >= mine.end) continue;
           const int from = chunk * kAttentionChunk > begin ? chunk * kAttentionChunk : begin;
           const int to = (chunk + 1) * kAttentionChunk < length ? (chunk + 1) * kAttentionChunk : length;
-          const int64_t at =
-              slot * a.cache.slot_stride + head * a.cache.head_stride + from * a.cache.pos_stride;
+          const int64_t at = head_offset(a.cache, slot, head) + from * a.cache.pos_stride;
           for (int h = 0; h < group; h += kQueryGroup) {
             const int queries = group - h < kQueryGroup ? group - h : kQueryGroup;
             const int64_t query = static_cast<int64_t>(slot) * a.H + head * group + h;

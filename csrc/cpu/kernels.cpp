@@ -3,6 +3,7 @@
 // args.h.
 #include "attention.h"
 #include "embed.h"
+#include "keep_hidden.h"
 #include "kv_fill.h"
 #include "linear.h"
 #include "norm_gate_up.h"
@@ -19,8 +20,8 @@
 namespace d3rt::cpu {
 
 const Kernels D3RT_JOIN(kernels_, D3RT_ISA) = {
-    D3RT_TEXT(D3RT_ISA), D3RT_ISA::embed,        D3RT_ISA::norm_qkv_rope, D3RT_ISA::attention,
-    D3RT_ISA::proj_add,  D3RT_ISA::norm_gate_up, D3RT_ISA::kv_fill,       D3RT_ISA::norm_logits,
-    D3RT_ISA::linear,    D3RT_ISA::unpack,       D3RT_ISA::argmax};
+    D3RT_TEXT(D3RT_ISA),   D3RT_ISA::embed,        D3RT_ISA::norm_qkv_rope, D3RT_ISA::attention,
+    D3RT_ISA::proj_add,    D3RT_ISA::norm_gate_up, D3RT_ISA::kv_fill,       D3RT_ISA::keep_hidden,
+    D3RT_ISA::norm_logits, D3RT_ISA::linear,       D3RT_ISA::unpack,        D3RT_ISA::argmax};
 
 }  // namespace d3rt::cpu

@@ -32,10 +32,15 @@ D3RT_INLINE void write_line(const float* values, int8_t* out, int d) {
   __builtin_memcpy(out + d, &scale, sizeof scale);
 }
 
+// Where the line of (slot, head) at position 0 begins.
+D3RT_INLINE int64_t head_offset(const Cache& cache, int slot, int head) {
+  return (cache.lines ? cache.lines[slot] : slot) * cache.slot_stride + head * cache.head_stride;
+}
+
 // Writes one head of K or V (data) at (slot, head, pos).
 D3RT_INLINE void write_cache(const Cache& cache, void* data, int slot, int head, int64_t pos,
                              const float* values, int d) {
-  const int64_t at = slot * cache.slot_stride + head * cache.head_stride + pos * cache.pos_stride;
+  const int64_t at = head_offset(cache, slot, head) + pos * cache.pos_stride;
   switch (cache.store) {
     case Store::f32:
       return write_line(values, static_cast<float*>(data) + at, d);

@@ -5,7 +5,11 @@ import torch
 
 from d3rt.kernels import cases, kv_line
 
-TESTED = [case for op in cases.OPS for case in (*cases.TEST_CASES[op], *cases.INT8_CACHE_CASES.get(op, ()))]
+TESTED = [
+    case
+    for op in cases.OPS
+    for case in (*cases.TEST_CASES[op], *cases.INT8_CACHE_CASES.get(op, ()), *cases.LINE_CASES.get(op, ()))
+]
 
 
 def test_every_op_has_cases_in_both_tables_under_names_of_their_own():
@@ -39,7 +43,7 @@ def test_bytes_moved_counts_every_tensor_once(case):
     expected = 0
     for name, tensor in cases.tensors(arguments):
         size = tensor.element_size()
-        if name in ("token", "pos"):
+        if name in ("token", "pos", "lines"):
             continue  # a few bytes of index, left out
         if name == "table":
             expected += case.B * case.D * size
@@ -48,6 +52,8 @@ def test_bytes_moved_counts_every_tensor_once(case):
         elif name.endswith("_cache") and case.op == "attention":
             lines = sum(min(p + 1, case.window or p + 1) for p in case.pos)
             expected += lines * case.G * tensor.shape[-1] * size
+        elif name == "hidden":
+            expected += case.B * case.D * size
         elif name.endswith("_cache"):
             expected += case.B * case.G * tensor.shape[-1] * size
         else:

@@ -7,7 +7,11 @@ from native_ops import ISAS
 
 from d3rt.kernels import cases, kv_line, reference
 
-ALL = [case for op in cases.OPS for case in (*cases.TEST_CASES[op], *cases.INT8_CACHE_CASES.get(op, ()))]
+ALL = [
+    case
+    for op in cases.OPS
+    for case in (*cases.TEST_CASES[op], *cases.INT8_CACHE_CASES.get(op, ()), *cases.LINE_CASES.get(op, ()))
+]
 SOME = [case for case in ALL if case.name in ("gqa3", "gqa16", "odd", "triple", "three_layers", "full_batch")]
 each_case = pytest.mark.parametrize("case", ALL, ids=str)
 each_isa = pytest.mark.parametrize("isa", ISAS)
