@@ -17,7 +17,9 @@ from d3rt.kernels import kv_line
 
 class KVCache:
     """k, v: [L, B, G, S, d] of the dtype; as int8 [L, B, G, S, d + 4], in the lines of d3rt.kernels.kv_line. filled:
-    int32 [L, B], K,V of positions 0 .. filled - 1 exist; always in host memory.
+    int32 [L, B], K,V of positions 0 .. filled - 1 exist; always in host memory. hidden: of each gap of a layer set the
+    hidden states [B, S, D] that were kept in it, from which the K,V of its layers are made when they are first read;
+    of the dtype, bfloat16 beside an int8 cache.
 
     The memory is not touched before it is written, so a long max_seq_len costs address space, not memory.
     """
@@ -39,6 +41,8 @@ class KVCache:
         )
         self.k = torch.empty(shape, dtype=dtype, device=device)
         self.v = torch.empty(shape, dtype=dtype, device=device)
+        self._hidden_size = config.hidden_size
+        self.hidden: list[torch.Tensor] = []
         self.filled = torch.zeros(config.num_hidden_layers, batch_size, dtype=torch.int32, device="cpu")
 
     @property
@@ -54,10 +58,41 @@ class KVCache:
         """Forgets everything: no K,V exists in any slot."""
         self.filled.zero_()
 
-    def set_prompt(self, slot: int, length: int, layers: Iterable[int]) -> None:
-        """Notes that a prefill wrote positions 0 .. length - 1 of these layers, and nothing of the others."""
-        self.filled[:, slot] = 0
-        self.filled[list(layers), slot] = length
+    def gap(self, number: int) -> torch.Tensor:
+        """hidden[number], made when it is first asked for."""
+        while len(self.hidden) <= number:
+            dtype = torch.bfloat16 if self.k.dtype == torch.int8 else self.k.dtype
+            shape = (self.k.shape[1], self.max_seq_len, self._hidden_size)
+            self.hidden.append(torch.empty(shape, dtype=dtype, device=self.k.device))
+        return self.hidden[number]
+
+    @property
+    def hidden_bytes(self) -> int:
+        """Bytes of the hidden states when every position is used."""
+        return sum(each.numel() * each.element_size() for each in self.hidden)
+
+    def write(
+        self, layer: int, slot: int, start: int, stop: int, k: torch.Tensor, v: torch.Tensor
+    ) -> None:
+        """Puts float32 k and v [T, G, d] at positions start .. stop - 1 of one layer; `filled` is not its business."""
+        for kept, made in ((self.k, k), (self.v, v)):
+            kept[layer, slot, :, start:stop] = kv_line.kept_as(made.transpose(0, 1), kept.dtype)
+
+    def truncate(self, slot: int, length: int) -> None:
+        """Forgets positions from `length` on."""
+        self.filled[:, slot].clamp_(max=length)
+
+    def extend(self, slot: int, start: int, length: int, layers: Iterable[int]) -> None:
+        """Notes that positions start .. length - 1 of these layers were written, and nothing of the others."""
+        layers = list(layers)
+        self.truncate(slot, start)
+        if start and bool((self.filled[layers, slot] < start).any()):
+            layer = next(layer for layer in layers if self.filled[layer, slot] < start)
+            raise HoleError(
+                f"layer {layer} of slot {slot} has K,V for {int(self.filled[layer, slot])} positions, but a prefill "
+                f"was to go on from position {start}: start it where K,V ends"
+            )
+        self.filled[layers, slot] = length
 
 
 def check_holes(filled: torch.Tensor, pos: torch.Tensor, reads: Iterable[int]) -> None:

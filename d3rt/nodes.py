@@ -178,6 +178,7 @@ class Outline:
             tables = torch.empty(1, self.config.head_dim // 2), torch.empty(1, self.config.head_dim // 2)
             buffers = StepBuffers(self.config, cache, *tables, rows)
         meter = Meter()
+            buffers.keep(plan.num_gaps)
         self.decoder.decode_step(meter, plan, buffers)
         meter.choose(buffers.logits)
         return tuple(meter.nodes)

@@ -212,6 +212,8 @@ class Action(enum.Enum):
     """Compute it."""
     FILL = "fill"
     """Attention only: do not compute it, but write its K,V from the last computed hidden state."""
+    KEEP = "keep"
+    """Attention only: do not compute it, but keep that hidden state, from which its K,V can be written later."""
     SKIP = "skip"
     """Do nothing; an attention sublayer leaves a hole at this position."""
 
@@ -242,37 +244,43 @@ class Plan:
                 f"Plan: {len(self.attention)} attention actions and {len(self.mlp)} mlp actions; a plan has "
                 "one of each for every layer."
             )
-        if Action.FILL in self.mlp:
-            raise PolicyError(
-                f"Plan: mlp of layer {self.mlp.index(Action.FILL)} is FILL, but an MLP has no K,V; use RUN "
-                "or SKIP."
-            )
+        for layer, action in enumerate(self.mlp):
+            if action in (Action.FILL, Action.KEEP):
+                raise PolicyError(
+                    f"Plan: mlp of layer {layer} is {action.name}, but an MLP has no K,V; use RUN or SKIP."
+                )
         if Action.RUN not in self.attention and Action.RUN not in self.mlp:
             raise PolicyError("Plan: no sublayer runs; at least one must.")
 
     @classmethod
-    def of(cls, layer_set: LayerSet, fill: Iterable[int] = ()) -> Plan:
-        """Runs `layer_set`, fills the K,V of the layers in `fill`, skips the rest.
+    def of(cls, layer_set: LayerSet, fill: Iterable[int] = (), keep: Iterable[int] = ()) -> Plan:
+        """Runs `layer_set`, fills the K,V of the layers in `fill`, keeps the hidden state for those in `keep`, skips the
+        rest.
 
-        PolicyError for a layer in `fill` that does not exist, or whose attention runs and so writes K,V.
+        PolicyError for a layer in `fill` or `keep` that does not exist, or is in both, or whose attention runs and so
+        writes K,V.
         """
         filled = _mask(fill, layer_set.num_layers, "fill layer")
-        return cls._of_masks(layer_set, filled)
+        kept = _mask(keep, layer_set.num_layers, "keep layer")
+        return cls._of_masks(layer_set, filled, kept)
 
     @classmethod
-    def _of_masks(cls, layer_set: LayerSet, filled: int) -> Plan:
-        both = filled & layer_set.attention
-        if both:
+    def _of_masks(cls, layer_set: LayerSet, filled: int, kept: int) -> Plan:
+        if both := (filled | kept) & layer_set.attention:
             raise PolicyError(
                 f"Plan: layers {format_ranges(layers_of_mask(both))} are to be filled, but their attention "
                 "runs and writes their K,V itself; fill only layers whose attention is skipped."
             )
-        run, fill, skip = Action.RUN, Action.FILL, Action.SKIP
-        attention, mlp = layer_set.attention, layer_set.mlp
+        if both := filled & kept:
+            raise PolicyError(
+                f"Plan: layers {format_ranges(layers_of_mask(both))} are to be filled now and later; choose one."
+            )
+        run, skip = Action.RUN, Action.SKIP
         layers = range(layer_set.num_layers)
+        absent = (Action.FILL if filled >> n & 1 else Action.KEEP if kept >> n & 1 else skip for n in layers)
         return cls(
-            tuple(run if attention >> n & 1 else fill if filled >> n & 1 else skip for n in layers),
-            tuple(run if mlp >> n & 1 else skip for n in layers),
+            tuple(run if layer_set.attention >> n & 1 else other for n, other in zip(layers, absent, strict=True)),
+            tuple(run if layer_set.mlp >> n & 1 else skip for n in layers),
         )
 
     def __iter__(self) -> Iterator[tuple[int, Action, Action]]:
@@ -297,10 +305,36 @@ class Plan:
         """The layers whose K,V is filled, ascending."""
         return tuple(layer for layer, action, _ in self if action is Action.FILL)
 
+    @property
+    def keep_layers(self) -> tuple[int, ...]:
+        """The layers for whose K,V a hidden state is kept, ascending."""
+        return tuple(layer for layer, action, _ in self if action is Action.KEEP)
+
+    @property
+    def gaps(self) -> tuple[int | None, ...]:
+        """Of each layer the number of its gap, None for layers that keep nothing. Layers of one gap have the same hidden
+        state in front of them: between two of them no sublayer runs."""
+        numbers: list[int | None] = []
+        gap, changed = -1, True
+        for _, attention, mlp in self:
+            if attention is Action.RUN:
+                changed = True
+            if attention is Action.KEEP and changed:
+                gap, changed = gap + 1, False
+            numbers.append(gap if attention is Action.KEEP else None)
+            changed |= mlp is Action.RUN
+        return tuple(numbers)
+
+    @property
+    def num_gaps(self) -> int:
+        """Hidden states that one step keeps."""
+        return max((gap for gap in self.gaps if gap is not None), default=-1) + 1
+
     def __str__(self) -> str:
-        fill = self.fill_layers
-        return f"run {self.layer_set}" + (f"; fill {format_ranges(fill)}" if fill else "")
+        fill, keep = self.fill_layers, self.keep_layers
+        text = f"run {self.layer_set}" + (f"; fill {format_ranges(fill)}" if fill else "")
+        return text + (f"; keep for {format_ranges(keep)}" if keep else "")
 
     def __repr__(self) -> str:
-        fill = self.fill_layers
-        return f"Plan.of({self.layer_set!r}" + (f", fill={fill}" if fill else "") + ")"
+        parts = [("fill", self.fill_layers), ("keep", self.keep_layers)]
+        return f"Plan.of({self.layer_set!r}" + "".join(f", {name}={at}" for name, at in parts if at) + ")"

@@ -62,6 +62,8 @@ class Rows:
         """The dispatcher's number of this plan's program, recorded on first use."""
         if plan not in self.numbers:
             decoder, buf = self._decoder, self.buffers
+            if new := buf.keep(plan.num_gaps):
+                self._backend.own(new)
             program = self._backend.record(lambda ops: decoder.decode_step(ops, plan, buf))
             reads = plan.layer_set.attention_layers
             self.numbers[plan] = self.loop.add(program, reads, plan.fill_layers)

@@ -15,6 +15,7 @@ FLOORS = {
         "d3rt",
         "d3rt.config",
         "d3rt.plan",
+        "d3rt.row_plans",
         "d3rt.policies",
         "d3rt.sampling",
         "d3rt.errors",

@@ -7,6 +7,7 @@ What differs between families is in the weights (a bias or a head norm that is t
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -23,6 +24,7 @@ from d3rt.kernels.reference import FillLayer, rms_norm, rotate
 from d3rt.kv_cache import KVCache
 from d3rt.plan import Action, LayerSet, Plan
 from d3rt.quantize import Matrix, tensors_of
+from d3rt.row_plans import Settle, by_layer
 
 
 @dataclass(frozen=True)
@@ -93,9 +95,20 @@ def nbytes(parts: Sequence[Matrix]) -> int:
 
 class StepBuffers:
     """The static buffers of a decode step of `rows` slots, where the cache is: every recorded step reads and writes
-    these and no others."""
+    these and no others.
 
-    def __init__(self, config: DecoderConfig, cache: KVCache, cos: Tensor, sin: Tensor, rows: int):
+    line_table: row b has not line b of the cache but line lines[b], which may change from step to step.
+    """
+
+    def __init__(
+        self,
+        config: DecoderConfig,
+        cache: KVCache,
+        cos: Tensor,
+        sin: Tensor,
+        rows: int,
+        line_table: bool = False,
+    ):
         c = config
         self.rows = rows
         self.token = torch.zeros(rows, dtype=torch.int32, device=cache.k.device)
@@ -107,15 +120,47 @@ class StepBuffers:
         self.attended_flat = self.attended.view(rows, -1)
         self.h = zeros(c.intermediate_size)
         self.logits = zeros(c.vocab_size)
-        self.k = [cache.k[layer, :rows] for layer in range(c.num_hidden_layers)]
-        self.v = [cache.v[layer, :rows] for layer in range(c.num_hidden_layers)]
-        self.filled = cache.filled[:, :rows]
+        self.lines = torch.zeros_like(self.token) if line_table else None
+        self._all = slice(0, rows)
+        of_cache = slice(None) if line_table else self._all
+        self.k = [cache.k[layer, of_cache] for layer in range(c.num_hidden_layers)]
+        self.v = [cache.v[layer, of_cache] for layer in range(c.num_hidden_layers)]
+        self.filled = cache.filled[:, self._all]
         self.cos, self.sin = cos, sin
+        self._cache = cache
+        self.hidden: list[Tensor] = []
+
+    def keep(self, gaps: int) -> list[Tensor]:
+        """Makes room for the hidden states of that many gaps; returns the tensors that are new."""
+        new = [self._cache.gap(gap) for gap in range(len(self.hidden), gaps)]
+        new = new if self.lines is not None else [hidden[self._all] for hidden in new]
+        self.hidden += new
+        return new
+
+    def part(self, rows: slice) -> StepBuffers:
+        """The same buffers of a range of rows."""
+        if rows == self._all:
+            return self
+        part = copy.copy(self)
+        part.rows = rows.stop - rows.start
+        for name in ("token", "pos", "x", "q", "attended", "attended_flat", "h", "logits"):
+            setattr(part, name, getattr(self, name)[rows])
+        if self.lines is not None:
+            part.lines = self.lines[rows]
+            return part
+        part.k, part.v, part.hidden = ([each[rows] for each in kept] for kept in (self.k, self.v, self.hidden))
+        return part
+
+    @property
+    def place(self) -> dict[str, Tensor]:
+        """Whatever an op that touches the cache is told beside `pos`."""
+        return {} if self.lines is None else {"lines": self.lines}
 
     def tensors(self) -> list[Tensor]:
         """Every buffer, for a backend that wants to know its static memory."""
         own = [self.token, self.pos, self.x, self.q, self.attended, self.attended_flat, self.h, self.logits]
-        return [*own, self.filled, self.cos, self.sin, *self.k, *self.v]
+        table = [] if self.lines is None else [self.lines]
+        return [*own, *table, self.filled, self.cos, self.sin, *self.k, *self.v]
 
     @property
     def nbytes(self) -> int:
@@ -139,36 +184,47 @@ class Decoder:
         self._product = linear
         self._attention = attention
 
-    def decode_step(self, ops, plan: Plan, buf: StepBuffers) -> None:
-        """One decode step: the token in buf.token at buf.pos through the sublayers that `plan` runs, to buf.logits.
+    def decode_step(self, ops, plan: Plan | Sequence[Plan], buf: StepBuffers) -> None:
+        """One decode step: the tokens in buf.token at buf.pos, through the sublayers that `plan` runs, one for all rows or
+        one for each, to buf.logits.
 
         `ops` has the ops of d3rt.kernels.reference: that module itself, or a tape that records them.
         """
         c, w = self.config, self.weights
         ops.embed(buf.x, buf.token, w.embed)
-        skipped: list[FillLayer] = []  # attention sublayers to fill from x as it stands
-        for layer, attention, mlp in plan:
-            lw, k, v = w.layers[layer], buf.k[layer], buf.v[layer]
-            if attention is Action.FILL:
-                skipped.append(FillLayer(k, v, lw.attention_norm, lw.wk, lw.wv, lw.bk, lw.bv, lw.k_norm))
-            if skipped and Action.RUN in (attention, mlp):  # x is about to change
-                ops.kv_fill(skipped, buf.x, buf.cos, buf.sin, buf.pos, c.rms_norm_eps)
-                skipped = []
-            if attention is Action.RUN:
+        for layer, todo in enumerate(by_layer((plan,) * buf.rows if isinstance(plan, Plan) else plan)):
+            for each in todo.settle:
+                self._settle(ops, buf, each)
+            for rows in todo.attention:
+                lw, at = w.layers[layer], buf.part(rows)
+                k, v = at.k[layer], at.v[layer]
                 ops.norm_qkv_rope(
-                    *(buf.q, k, v, buf.x, lw.attention_norm, lw.wq, lw.wk, lw.wv, lw.bq, lw.bk, lw.bv),
-                    *(lw.q_norm, lw.k_norm, buf.cos, buf.sin, buf.pos, c.rms_norm_eps),
+                    *(at.q, k, v, at.x, lw.attention_norm, lw.wq, lw.wk, lw.wv, lw.bq, lw.bk, lw.bv),
+                    *(lw.q_norm, lw.k_norm, at.cos, at.sin, at.pos, c.rms_norm_eps),
+                    **at.place,
                 )
-                ops.attention(buf.attended, buf.q, k, v, buf.pos, c.attention_scale, c.sliding_windows[layer])
-                ops.proj_add(buf.x, buf.attended_flat, lw.wo, lw.bo)
-            if mlp is Action.RUN:
-                ops.norm_gate_up(
-                    buf.h, buf.x, lw.mlp_norm, lw.w_gate, lw.w_up, lw.b_gate, lw.b_up, c.rms_norm_eps
-                )
-                ops.proj_add(buf.x, buf.h, lw.w_down, lw.b_down)
-        if skipped:
-            ops.kv_fill(skipped, buf.x, buf.cos, buf.sin, buf.pos, c.rms_norm_eps)
+                window = c.sliding_windows[layer]
+                ops.attention(at.attended, at.q, k, v, at.pos, c.attention_scale, window, **at.place)
+                ops.proj_add(at.x, at.attended_flat, lw.wo, lw.bo)
+            for rows in todo.mlp:
+                lw, at = w.layers[layer], buf.part(rows)
+                ops.norm_gate_up(at.h, at.x, lw.mlp_norm, lw.w_gate, lw.w_up, lw.b_gate, lw.b_up, c.rms_norm_eps)
+                ops.proj_add(at.x, at.h, lw.w_down, lw.b_down)
         self.project_logits(ops, buf)
+
+    def _settle(self, ops, buf: StepBuffers, what: Settle) -> None:
+        """Fills K,V from the hidden state of some rows, and keeps it, before it changes."""
+        at = buf.part(what.rows)
+        if what.fill:
+            layers = [self.fill_layer(layer, at.k[layer], at.v[layer]) for layer in what.fill]
+            ops.kv_fill(layers, at.x, at.cos, at.sin, at.pos, self.config.rms_norm_eps, **at.place)
+        if what.gap is not None:
+            ops.keep_hidden(at.hidden[what.gap], at.x, at.pos, **at.place)
+
+    def fill_layer(self, layer: int, k: Tensor, v: Tensor) -> FillLayer:
+        """What a kv_fill of this layer into the caches k and v needs."""
+        lw = self.weights.layers[layer]
+        return FillLayer(k, v, lw.attention_norm, lw.wk, lw.wv, lw.bk, lw.bv, lw.k_norm)
 
     def project_logits(self, ops, buf: StepBuffers) -> None:
         """The last op of a step, and the only one after a prefill: buf.x to buf.logits."""
@@ -185,35 +241,46 @@ class Decoder:
         return total
 
     def prefill(
-        self, prompts: Sequence[Tensor], layers: LayerSet, cache: KVCache, buf: StepBuffers, chunk_tokens: int
+        self,
+        prompts: Sequence[Tensor],
+        layers: LayerSet,
+        cache: KVCache,
+        buf: StepBuffers,
+        chunk_tokens: int,
+        starts: Sequence[int] | None = None,
+        lines: Sequence[int] | None = None,
     ) -> None:
-        """Runs prompts[row] (int64 [T_row], where the cache is) through `layers` into slot `row` of the cache, from
-        position 0.
+        """Runs prompts[row] (int64 [T_row], where the cache is) through `layers` into line lines[row] of the cache, from
+        position starts[row] (0) on; line `row` where none is given.
 
-        Leaves the last token's hidden state of each row in buf.x, its position in buf.pos, and the filled lengths in
-        the cache. Tokens of all rows are packed end to end (no padding is computed) and cut into chunks of at most
+        What is before must be there in every one of the layers, else HoleError. Leaves the last token's hidden state of
+        each row in buf.x, its position in buf.pos, and the filled lengths in the cache. Tokens of all rows are packed end to end (no padding is computed) and cut into chunks of at most
         chunk_tokens, which bounds the memory taken.
         """
+        starts = [0] * len(prompts) if starts is None else starts
+        lines = range(len(prompts)) if lines is None else lines
+        for line, start in zip(lines, starts, strict=True):
+            cache.extend(line, start, start, layers.attention_layers)  # nothing is left of what is written over
         pieces: list[tuple[int, int, int]] = []  # row, first position, one past the last
         budget = chunk_tokens
         with torch.inference_mode():
             for row, prompt in enumerate(prompts):
-                start = 0
+                start = starts[row]
                 while start < len(prompt):
                     stop = min(len(prompt), start + budget)
                     pieces.append((row, start, stop))
                     budget -= stop - start
                     start = stop
                     if budget == 0:
-                        self._prefill_chunk(prompts, pieces, layers, cache, buf)
+                        self._prefill_chunk(prompts, pieces, layers, cache, lines, buf)
                         pieces, budget = [], chunk_tokens
             if pieces:
-                self._prefill_chunk(prompts, pieces, layers, cache, buf)
+                self._prefill_chunk(prompts, pieces, layers, cache, lines, buf)
             for row, prompt in enumerate(prompts):
                 buf.pos[row].fill_(len(prompt) - 1)  # an assignment would copy it from host memory
-                cache.set_prompt(row, len(prompt), layers.attention_layers)
+                cache.extend(lines[row], starts[row], len(prompt), layers.attention_layers)
 
-    def _prefill_chunk(self, prompts, pieces, layers: LayerSet, cache: KVCache, buf: StepBuffers) -> None:
+    def _prefill_chunk(self, prompts, pieces, layers: LayerSet, cache: KVCache, lines, buf) -> None:
         c, w = self.config, self.weights
         tokens = torch.cat([prompts[row][start:stop] for row, start, stop in pieces])
         positions = torch.cat([torch.arange(start, stop, device=tokens.device) for _, start, stop in pieces])
@@ -224,22 +291,16 @@ class Decoder:
             if layers.attention >> layer & 1:
                 n = rms_norm(x, lw.attention_norm, c.rms_norm_eps)
                 q = self._linear(n, lw.wq, lw.bq).view(len(x), c.num_attention_heads, c.head_dim)
-                k = self._linear(n, lw.wk, lw.bk).view(len(x), c.num_key_value_heads, c.head_dim)
-                v = self._linear(n, lw.wv, lw.bv).view(len(x), c.num_key_value_heads, c.head_dim)
                 if lw.q_norm is not None:
                     q = rms_norm(q, lw.q_norm, c.rms_norm_eps)
-                if lw.k_norm is not None:
-                    k = rms_norm(k, lw.k_norm, c.rms_norm_eps)
-                q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+                q = rotate(q, cos, sin)
+                k, v = self._keys_values(n, lw, cos, sin)
                 attended = torch.empty_like(q)
                 at = 0
                 for row, start, stop in pieces:
                     part = slice(at, at + stop - start)
-                    for kept, made in ((cache.k, k), (cache.v, v)):
-                        kept[layer, row, :, start:stop] = kv_line.kept_as(
-                            made[part].transpose(0, 1), kept.dtype
-                        )
-                    attended[part] = self._attend(q[part], cache, layer, row, start, stop)
+                    cache.write(layer, lines[row], start, stop, k[part], v[part])
+                    attended[part] = self._attend(q[part], cache, layer, lines[row], start, stop)
                     at += stop - start
                 x = x + self._linear(attended.flatten(1), lw.wo, lw.bo)
             if layers.mlp >> layer & 1:
@@ -252,19 +313,37 @@ class Decoder:
             if stop == len(prompts[row]):
                 buf.x[row] = x[at - 1]
 
+    def _keys_values(self, n: Tensor, lw: LayerWeights, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        """K and V [T, G, d] of normed hidden states n [T, D], K rotated by cos and sin [T, 1, d/2]."""
+        c = self.config
+        k = self._linear(n, lw.wk, lw.bk).view(len(n), c.num_key_value_heads, c.head_dim)
+        v = self._linear(n, lw.wv, lw.bv).view(len(n), c.num_key_value_heads, c.head_dim)
+        if lw.k_norm is not None:
+            k = rms_norm(k, lw.k_norm, c.rms_norm_eps)
+        return rotate(k, cos, sin), v
+
+    def fill(self, layer: int, hidden: Tensor, cache: KVCache, line: int, start: int, buf: StepBuffers) -> None:
+        """K,V of one layer from the hidden states [T, D] that were kept before it, written at positions start ..
+        start + T - 1 of a line: kv_fill for many tokens, as one matrix product."""
+        lw, stop = self.weights.layers[layer], start + len(hidden)
+        with torch.inference_mode():
+            n = rms_norm(hidden.float(), lw.attention_norm, self.config.rms_norm_eps)
+            k, v = self._keys_values(n, lw, buf.cos[start:stop, None], buf.sin[start:stop, None])
+            cache.write(layer, line, start, stop, k, v)
+
     def _linear(self, x: Tensor, w: Matrix, bias: Tensor | None) -> Tensor:
         """x [T, K] float32 through w [N, K]; bias and result in float32, as the residual stream is."""
         out = self._product(x, w)
         return out if bias is None else out + bias
 
-    def _attend(self, q: Tensor, cache: KVCache, layer: int, row: int, start: int, stop: int) -> Tensor:
-        """Causal attention of queries [T, H, d] at positions start .. stop - 1 over the row's cache; float32 out.
+    def _attend(self, q: Tensor, cache: KVCache, layer: int, line: int, start: int, stop: int) -> Tensor:
+        """Causal attention of queries [T, H, d] at positions start .. stop - 1 over a line of the cache; float32 out.
 
         Of an int8 cache it takes what the lines stand for, as the decode steps do, the chunk's own included: so the
         answer does not depend on how a prompt was cut.
         """
         window = self.config.sliding_windows[layer]
         first = max(0, start + 1 - window) if window else 0
-        lines = (kept[layer, row, :, first:stop] for kept in (cache.k, cache.v))
+        lines = (kept[layer, line, :, first:stop] for kept in (cache.k, cache.v))
         keys, values = (kv_line.decode(line) if line.dtype == torch.int8 else line for line in lines)
         return self._attention(q, keys, values, self.config.attention_scale, window)

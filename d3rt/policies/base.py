@@ -27,7 +27,7 @@ from d3rt.errors import PolicyError
 from d3rt.plan import LayerSet, Plan, format_ranges, layers_of_mask, parse_ranges
 
 PROMPTS = ("full", "skipped")
-KV_FILLS = ("auto", "eager")
+KV_FILLS = ("auto", "eager", "deferred", "recompute")
 
 _registry: dict[str, type[Policy]] = {}
 
@@ -94,8 +94,12 @@ class Policy(ABC):
         layer_set = self.layer_set(step, num_layers) if step else self.prompt_set(num_layers)
         return Plan.of(layer_set, fill)
 
-    def schedule(self, num_layers: int, num_steps: int) -> Schedule:
-        """The answers for steps 0..num_steps-1 (num_steps >= 1, the prefill's step included)."""
+    def schedule(self, num_layers: int, num_steps: int, first: int = 0) -> Schedule:
+        """The answers for steps 0..num_steps-1 (num_steps >= 1, the prefill's step included).
+
+        first: a schedule that goes on where an earlier one of `first` steps ended: step 0 is again a prefill's, and
+        after it come the rule's steps first + 1, first + 2, ...
+        """
         self.validate(num_layers)
         if check_integer("schedule", "num_steps", num_steps) < 1:
             raise PolicyError(
@@ -103,7 +107,10 @@ class Policy(ABC):
             )
         # Equal sets become one object: there are few distinct ones, and identity is quick to compare.
         same: dict[LayerSet, LayerSet] = {}
-        sets = (self.layer_set(step, num_layers) for step in range(num_steps))
+        if check_integer("schedule", "first", first) < 0:
+            raise PolicyError(f"schedule(first={first}): it counts steps, so it must be at least 0.")
+        steps = (0, *range(first + 1, first + num_steps))
+        sets = (self.layer_set(step, num_layers) for step in steps)
         return Schedule(self, num_layers, tuple(same.setdefault(each, each) for each in sets))
 
     @classmethod
@@ -268,10 +275,11 @@ class Schedule:
     def plans(self, kv_fill: str = "auto") -> tuple[Plan, ...]:
         """The plan of every step; index 0 is the prefill's, which never fills. Equal plans are one object.
 
-        kv_fill "auto": a step fills each layer whose attention it skips and a later step of this schedule
+        kv_fill "auto" and "recompute": a step fills each layer whose attention it skips and a later step of this schedule
         runs; so a nested schedule never fills. "eager": every decode step fills every layer whose attention
-        it skips, which keeps the K,V whole for what comes after this schedule. In neither is a layer filled
-        that the prompt skipped: its K,V would stay incomplete, so nothing could ever read it.
+        it skips, which keeps the K,V whole for what comes after this schedule. "deferred": a step fills as under
+        "auto", and keeps the hidden state for the other layers. In none is anything done for a layer that the prompt
+        skipped: its K,V would stay incomplete, so nothing could ever read it.
 
         PolicyError for any other kv_fill.
         """
@@ -279,13 +287,14 @@ class Schedule:
             raise PolicyError(f"kv_fill={kv_fill!r}: plans are made for {' or '.join(map(repr, KV_FILLS))}.")
         in_prompt = self.prompt_set.attention
         wanted = in_prompt if kv_fill == "eager" else 0
+        kept = in_prompt if kv_fill == "deferred" else 0
         known: dict[tuple[LayerSet, int], Plan] = {}
         plans = []
         # Backwards, so that what later steps attend to is known when a step is reached.
         for layer_set in reversed(self.sets[1:]):
             key = layer_set, wanted & ~layer_set.attention
             if key not in known:
-                known[key] = Plan.of(layer_set, layers_of_mask(key[1]))
+                known[key] = _plan(layer_set, key[1], kept)
             plans.append(known[key])
             wanted |= layer_set.attention
         first = self.prompt_set, 0
@@ -295,17 +304,18 @@ class Schedule:
     def every_plan(self, kv_fill: str = "auto") -> tuple[Plan, ...]:
         """The different plans of the decode steps of this schedule and of every shorter one of the same policy.
 
-        Under "auto" these are more than `plans` has: what a step fills depends on how many steps follow.
+        But under "eager" these are more than `plans` has: what a step fills depends on how many steps follow.
         """
-        if kv_fill != "auto":
+        if kv_fill == "eager":
             return tuple(dict.fromkeys(self.plans(kv_fill)[1:]))
+        kept = self.prompt_set.attention if kv_fill == "deferred" else 0
         known: dict[tuple[LayerSet, int], None] = {}
         # What the steps that follow attend to, for each number of them: a growing chain, so at most L + 1.
         wanted = {0}
         for layer_set in reversed(self.sets[1:]):
             known.update(dict.fromkeys((layer_set, layers & ~layer_set.attention) for layers in wanted))
             wanted = {0} | {layers | layer_set.attention for layers in wanted}
-        return tuple(Plan.of(layer_set, layers_of_mask(fill)) for layer_set, fill in known)
+        return tuple(_plan(layer_set, fill, kept) for layer_set, fill in known)
 
     def table(self) -> str:
         """Runs of equal steps, one a line: "steps 1-9: 31 layers 0-15,17-31"."""
@@ -325,6 +335,11 @@ class Schedule:
             f"{self.mean_depth:.3f}, {len(self.distinct)} distinct sets, "
             f"{'nested' if self.nested else 'not nested'}\n{self.table()}"
         )
+
+
+def _plan(layer_set: LayerSet, fill: int, kept: int) -> Plan:
+    """The plan that fills the layers of a mask, and keeps for those of another that it neither runs nor fills."""
+    return Plan.of(layer_set, layers_of_mask(fill), layers_of_mask(kept & ~fill & ~layer_set.attention))
 
 
 def _layers(layer_set: LayerSet) -> str:

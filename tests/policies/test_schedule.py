@@ -115,9 +115,44 @@ def test_equal_steps_share_one_plan():
     assert len({id(plan) for plan in plans}) == len(set(plans))
 
 
-@pytest.mark.parametrize("kv_fill", ["deferred", "never", None])
+def test_deferred_keeps_for_every_layer_that_is_skipped_and_not_read_again():
+    kept = [plan.keep_layers for plan in D3(0.9, 0.5).schedule(8, 4).plans("deferred")]
+    assert kept == [(), (4,), (4, 5), (4, 5, 6)]
+    comes_back = LayerSchedule([(0, 1, 2), (0,), (0, 1), (0,)])
+    plans = comes_back.schedule(3, 4).plans("deferred")
+    assert [plan.fill_layers for plan in plans] == [(), (1,), (), ()]
+    assert [plan.keep_layers for plan in plans] == [(), (2,), (2,), (1, 2)]
+
+
+def test_recompute_does_in_a_step_what_auto_does():
+    schedule = LayerSchedule([(0, 1, 2), (0,), (0, 1), (0,)]).schedule(3, 4)
+    assert schedule.plans("recompute") == schedule.plans("auto")
+    assert schedule.every_plan("recompute") == schedule.every_plan("auto")
+
+
+def test_nothing_is_kept_for_layers_that_the_prompt_skipped():
+    plans = StaticLayers(layers=(0, 2), prompt="skipped").schedule(4, 3).plans("deferred")
+    assert [plan.keep_layers for plan in plans] == [(), (), ()]
+
+
+@pytest.mark.parametrize("kv_fill", ["auto", "eager", "deferred", "recompute"])
+@pytest.mark.parametrize("length", range(1, 7))
+def test_every_plan_has_the_plans_of_every_shorter_schedule(kv_fill, length):
+    policy = LayerSchedule([(0, 1, 2), (0,), (0, 1), (0,), (1, 2), (2,)])
+    every = policy.schedule(3, 6).every_plan(kv_fill)
+    assert set(policy.schedule(3, length).plans(kv_fill)[1:]) <= set(every)
+
+
+def test_a_schedule_may_go_on_where_another_ended():
+    whole, rest = D3(0.9, 0.5).schedule(8, 7), D3(0.9, 0.5).schedule(8, 4, first=3)
+    assert rest.sets[1:] == whole.sets[4:] and rest.prompt_set.is_full
+    with pytest.raises(PolicyError, match="first=-1.*at least 0"):
+        D3(0.9, 0.5).schedule(8, 4, first=-1)
+
+
+@pytest.mark.parametrize("kv_fill", ["later", "never", None])
 def test_an_unknown_kv_fill_is_refused(kv_fill):
-    with pytest.raises(PolicyError, match=f"kv_fill={kv_fill!r}.*'auto' or 'eager'"):
+    with pytest.raises(PolicyError, match=f"kv_fill={kv_fill!r}.*'auto' or 'eager' or 'deferred'"):
         FullDepth().schedule(4, 3).plans(kv_fill)
 
 
