@@ -112,7 +112,12 @@ class Binder {
     check_view(op_, "v_cache", v, k.dtype, {k.size(0), G, S, line}, false);
     if (k.strides != v.strides) refuse("k_cache and v_cache must have the same strides");
     const int32_t* of = lines ? i32("lines", lines, {B}) : nullptr;
-    return {owned("k_cache", k).data, owned("v_cache", v).data, k.strides[0], k.strides[1], k.strides[2], kept,
+    return {owned("k_cache", k).data,
+            owned("v_cache", v).data,
+            k.strides[0],
+            k.strides[1],
+            k.strides[2],
+            kept,
             of};
   }
   cpu::Rope rope(const TensorView& cos, const TensorView& sin, const TensorView& pos, int64_t B,
@@ -321,12 +326,12 @@ Node bind(const KvFill& op, const Arena& arena, const cpu::Kernels& kernels, int
   args.G = static_cast<int>(G);
   args.d = static_cast<int>(d);
   for (const KvFill::Layer& layer : op.layers)
-    if (layer.k_cache.size(0) != first.size(0)) to.refuse("the layers' caches differ in their number of lines");
-  Node filled =
-      node("kv_fill", 2, args.num_layers * B * 2 * G * d + num_threads * norm_scratch(B, D), kernels.kv_fill,
-           args,
-           guard_places("kv_fill", args.rope.pos, std::min(S, op.cos.size(0)),
-                        layers->front().cache.lines, first.size(0), B));
+    if (layer.k_cache.size(0) != first.size(0))
+      to.refuse("the layers' caches differ in their number of lines");
+  Node filled = node("kv_fill", 2, args.num_layers * B * 2 * G * d + num_threads * norm_scratch(B, D),
+                     kernels.kv_fill, args,
+                     guard_places("kv_fill", args.rope.pos, std::min(S, op.cos.size(0)),
+                                  layers->front().cache.lines, first.size(0), B));
   filled.run = [layers, run = std::move(filled.run)](float* scratch, int phase, int thread, int num_threads) {
     run(scratch, phase, thread, num_threads);  // `layers` lives as long as the node
   };
@@ -339,7 +344,8 @@ Node bind(const KeepHidden& op, const Arena& arena, const cpu::Kernels& kernels,
   cpu::KeepHiddenArgs args{};
   args.x = to.f32("x", op.x, {B, -1});
   args.store = to.store("hidden", op.hidden);
-  check_view("keep_hidden", "hidden", op.hidden, op.hidden.dtype, {op.lines ? -1 : B, -1, op.x.size(1)}, false);
+  check_view("keep_hidden", "hidden", op.hidden, op.hidden.dtype, {op.lines ? -1 : B, -1, op.x.size(1)},
+             false);
   if (op.hidden.strides[2] != 1) to.refuse("the rows of hidden must be contiguous");
   args.hidden = to.owned("hidden", op.hidden).data;
   args.line_stride = op.hidden.strides[0];

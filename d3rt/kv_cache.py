@@ -7,12 +7,27 @@ the dispatcher, before each step, from `filled`.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 import torch
 
 from d3rt.config import DecoderConfig
 from d3rt.errors import HoleError
 from d3rt.kernels import kv_line
+
+
+@dataclass(frozen=True)
+class Line:
+    """A copy of one slot's first T positions: k, v [L, G, T, d]; hidden: [T, D] of each gap; filled int32 [L]."""
+
+    k: torch.Tensor
+    v: torch.Tensor
+    hidden: tuple[torch.Tensor, ...]
+    filled: torch.Tensor
+
+    @property
+    def nbytes(self) -> int:
+        return sum(each.numel() * each.element_size() for each in (self.k, self.v, *self.hidden))
 
 
 class KVCache:
@@ -71,12 +86,27 @@ class KVCache:
         """Bytes of the hidden states when every position is used."""
         return sum(each.numel() * each.element_size() for each in self.hidden)
 
-    def write(
-        self, layer: int, slot: int, start: int, stop: int, k: torch.Tensor, v: torch.Tensor
-    ) -> None:
+    def write(self, layer: int, slot: int, start: int, stop: int, k: torch.Tensor, v: torch.Tensor) -> None:
         """Puts float32 k and v [T, G, d] at positions start .. stop - 1 of one layer; `filled` is not its business."""
         for kept, made in ((self.k, k), (self.v, v)):
             kept[layer, slot, :, start:stop] = kv_line.kept_as(made.transpose(0, 1), kept.dtype)
+
+    def take(self, slot: int, length: int, gaps: int) -> Line:
+        """A copy of positions 0 .. length - 1, with the hidden states of the first `gaps` gaps."""
+        return Line(
+            *(kept[:, slot, :, :length].clone() for kept in (self.k, self.v)),
+            tuple(self.gap(gap)[slot, :length].clone() for gap in range(gaps)),
+            self.filled[:, slot].clone(),
+        )
+
+    def put(self, slot: int, line: Line) -> None:
+        """Brings back what `take` took, to any slot."""
+        length = line.k.shape[2]
+        for kept, value in ((self.k, line.k), (self.v, line.v)):
+            kept[:, slot, :, :length] = value
+        for gap, value in enumerate(line.hidden):
+            self.gap(gap)[slot, :length] = value
+        self.filled[:, slot] = line.filled
 
     def truncate(self, slot: int, length: int) -> None:
         """Forgets positions from `length` on."""

@@ -254,8 +254,8 @@ class Plan:
 
     @classmethod
     def of(cls, layer_set: LayerSet, fill: Iterable[int] = (), keep: Iterable[int] = ()) -> Plan:
-        """Runs `layer_set`, fills the K,V of the layers in `fill`, keeps the hidden state for those in `keep`, skips the
-        rest.
+        """Runs `layer_set`, fills the K,V of the layers in `fill`, keeps the hidden state for those in `keep`, skips
+        the rest.
 
         PolicyError for a layer in `fill` or `keep` that does not exist, or is in both, or whose attention runs and so
         writes K,V.
@@ -279,7 +279,10 @@ class Plan:
         layers = range(layer_set.num_layers)
         absent = (Action.FILL if filled >> n & 1 else Action.KEEP if kept >> n & 1 else skip for n in layers)
         return cls(
-            tuple(run if layer_set.attention >> n & 1 else other for n, other in zip(layers, absent, strict=True)),
+            tuple(
+                run if layer_set.attention >> n & 1 else other
+                for n, other in zip(layers, absent, strict=True)
+            ),
             tuple(run if layer_set.mlp >> n & 1 else skip for n in layers),
         )
 
@@ -312,8 +315,8 @@ class Plan:
 
     @property
     def gaps(self) -> tuple[int | None, ...]:
-        """Of each layer the number of its gap, None for layers that keep nothing. Layers of one gap have the same hidden
-        state in front of them: between two of them no sublayer runs."""
+        """Of each layer the number of its gap, None for layers that keep nothing. Layers of one gap have the same
+        hidden state in front of them: between two of them no sublayer runs."""
         numbers: list[int | None] = []
         gap, changed = -1, True
         for _, attention, mlp in self:

@@ -12,8 +12,9 @@ import copy
 import os
 import threading
 import time
+import weakref
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -39,16 +40,17 @@ from d3rt.models.loading import open_model
 from d3rt.models.source import SharedModule, Source, parameters
 from d3rt.plan import LayerSet, Plan
 from d3rt.policies import FullDepth, Policy, parse
+from d3rt.policies.base import KV_FILLS
 from d3rt.programs import ProgramInfo, Rows
 from d3rt.quantize import Width, Widths, width_bytes
 from d3rt.result import GenerateOutput, GenerationStats
 from d3rt.sampling import SamplingParams
+from d3rt.session import Session
 
 # A cache longer than this must be asked for: Llama-3's own limit of 131072 would be 17 GB.
 DEFAULT_MAX_SEQ_LEN = 8192
 PREFILL_CHUNK_TOKENS = 512
 MAX_BATCH_SIZE = 16
-KV_FILLS = ("auto", "eager")
 # How long a wait inside C++ lasts before Python may look at signals.
 POLL_SECONDS = 0.05
 
@@ -85,7 +87,10 @@ def compile(
     batch_size: most rows that one `generate` may have (up to 16).
     threads: of the cpu backend's decode steps; None is every core the process may use (affinity, cgroup quota,
         OMP_NUM_THREADS). The prefill uses torch's own threads.
-    kv_fill: "auto" writes K,V of skipped layers only when a later step reads it; "eager" always does.
+    kv_fill: what becomes of the K,V of a skipped layer, beside what a later step of the same generation reads, which is
+        always written at once. "eager" writes it at every step, from the last computed hidden state. "deferred" keeps
+        that hidden state, and writes K,V when a session's next turn first reads it. "recompute" does nothing, and the
+        next turn runs these tokens through all layers: exact. "auto" is "recompute". See `session`.
     tokenizer: for `stream` with text; found by itself when `model` is a path.
 
     Raises UnsupportedModelError, PolicyError, BackendUnavailableError or ValueError before any work starts.
@@ -148,12 +153,17 @@ def _check_options(policy, max_seq_len, batch_size, threads, kv_fill) -> None:
         raise ValueError(
             f"batch_size={batch_size}: at most {MAX_BATCH_SIZE} rows decode together; split the batch."
         )
-    if kv_fill not in KV_FILLS:
-        raise UnsupportedOptionError(f"kv_fill={kv_fill!r}: choose one of {', '.join(KV_FILLS)}.")
+    _checked_fill(kv_fill)
     if policy is not None and not isinstance(policy, Policy | str):
         raise TypeError(
             f"policy={policy!r}: it must be a d3rt.Policy or its text, such as 'd3:alpha=0.999,start=0.5'."
         )
+
+
+def _checked_fill(kv_fill: str) -> str:
+    if kv_fill not in KV_FILLS:
+        raise UnsupportedOptionError(f"kv_fill={kv_fill!r}: choose one of {', '.join(KV_FILLS)}.")
+    return kv_fill
 
 
 class Runtime:
@@ -209,6 +219,7 @@ class Runtime:
         self._lock = threading.Lock()
         self._pid = os.getpid()
         self._owner: int | None = None  # the thread whose generation runs
+        self._tenant: weakref.ref[Session] | None = None  # the session whose K,V is in line 0 of the cache
 
     def _needs(self, widths: Mapping[str, Width], shapes: Mapping[str, Tensor]) -> Needs:
         """What this runtime will ask of its backend, from the widths and shapes of the model's parameters."""
@@ -219,7 +230,8 @@ class Runtime:
             weight_dtypes=frozenset(matrices),
             cache_dtype=self.dtype,
             weights=sum(width_bytes(shapes[name].shape, width) for name, width in widths.items()),
-            kv_cache=2 * c.num_hidden_layers * self.batch_size * self.max_seq_len * line,
+            kv_cache=2 * c.num_hidden_layers * self.batch_size * self.max_seq_len * line
+            + self._hidden_bytes(),
             buffers=buffer_bytes(c, self.batch_size, self.max_seq_len),
             prefill=self._prefill_bytes(),
             unpacked=max(
@@ -232,6 +244,15 @@ class Runtime:
                 default=0,
             ),
         )
+
+    def _hidden_bytes(self) -> int:
+        """Of the hidden states that this runtime's own policy keeps."""
+        if self.kv_fill != "deferred":
+            return 0
+        schedule = self.policy.schedule(self.config.num_hidden_layers, self.max_seq_len)
+        gaps = max((plan.num_gaps for plan in schedule.every_plan(self.kv_fill)), default=0)
+        size = 2 if self.dtype == torch.int8 else self.dtype.itemsize
+        return gaps * self.batch_size * self.max_seq_len * self.config.hidden_size * size
 
     def _prefill_bytes(self) -> int:
         """At most, for one chunk; what the backend's products take comes on top (linear_bytes)."""
@@ -336,8 +357,29 @@ class Runtime:
             prompt, add_generation_prompt=True, return_tensors="pt", return_dict=True
         )["input_ids"]
 
-    def _plans(self, request: Request) -> tuple[Plan, ...]:
-        """The plan of every step; refuses what does not fit before any work starts."""
+    # -- conversations -----------------------------------------------------------------------------------------------
+
+    def session(
+        self, policy: Policy | str | None = None, kv_fill: str | None = None, restart_steps: bool = True
+    ) -> Session:
+        """A conversation, whose K,V is kept from turn to turn: see Session. policy and kv_fill in the place of the
+        runtime's own; restart_steps: whether each turn's schedule begins at step 0 again, or goes on counting."""
+        return Session(
+            self, self._checked_policy(policy), _checked_fill(kv_fill or self.kv_fill), restart_steps
+        )
+
+    def load_session(self, path: str | os.PathLike[str]) -> Session:
+        """The conversation that Session.save wrote to a file. ModelNotFoundError when there is none,
+        UnsupportedModelError when it is damaged, or was made by another model or with other widths."""
+        return Session.load(self, path)
+
+    def _plans(
+        self, request: Request, policy: Policy | None = None, kv_fill: str | None = None, first: int = 0
+    ) -> tuple[Plan, ...]:
+        """The plan of every step; refuses what does not fit before any work starts.
+
+        policy, kv_fill: in the place of the runtime's own; first: see Policy.schedule.
+        """
         if request.batch > self.batch_size:
             raise ValueError(
                 f"a batch of {request.batch} rows: this runtime was compiled for {self.batch_size}; "
@@ -349,8 +391,20 @@ class Runtime:
                 f"{longest} prompt tokens and {request.max_new_tokens} new ones exceed max_seq_len={self.max_seq_len}; "
                 "lower max_new_tokens, or compile(..., max_seq_len=...)."
             )
-        schedule = self.policy.schedule(self.config.num_hidden_layers, request.max_new_tokens)
-        return schedule.plans(self.kv_fill)
+        policy = policy or self.policy
+        schedule = policy.schedule(self.config.num_hidden_layers, request.max_new_tokens, first)
+        return schedule.plans(kv_fill or self.kv_fill)
+
+    def _checked_policy(self, policy: Policy | str | None) -> Policy:
+        """A policy for this model, from a policy or its text; None is the runtime's own."""
+        if policy is None:
+            return self.policy
+        layers = self.config.num_hidden_layers
+        policy = parse(policy, num_layers=layers) if isinstance(policy, str) else policy
+        if not isinstance(policy, Policy):
+            raise TypeError(f"policy={policy!r}: it must be a d3rt.Policy or its text.")
+        policy.validate(layers)
+        return policy
 
     @contextmanager
     def _exclusive(self):
@@ -379,13 +433,20 @@ class Runtime:
         scores: list[Tensor],
         logits: list[Tensor],
         wait_for_all: bool,
+        read: Callable[[Sequence[Tensor], LayerSet, Rows], None] | None = None,
     ) -> Iterator[Tensor]:
-        """Prefill, then the tokens int64 [B] of each step. Leaves last_run, also when it is stopped midway."""
+        """Prefill, then the tokens int64 [B] of each step. Leaves last_run, also when it is stopped midway.
+
+        read: what reads the prompts (int64 [T_row], in host memory) and leaves the first step's logits; the prefill of
+        an empty cache where it is None.
+        """
         rows = self._for_rows(request.batch)
         programs = [rows.number(plan) for plan in plans[1:]]
+        if not rows.loop.preparing_keeps_cache:
+            self._lend(None)
         rows.loop.prepare(programs, None if request.stepwise else request.sampling, request.eos_tokens)
         begin = time.perf_counter()
-        self._prefill(request.prompts, plans[0].layer_set, rows)
+        (read or self._prefill)(request.prompts, plans[0].layer_set, rows)
         prefill_seconds = time.perf_counter() - begin
 
         step_seconds: list[float] = []
@@ -403,13 +464,34 @@ class Runtime:
         finally:
             self._note(request, plans, rows, prefill_seconds, step_seconds)
 
-    def _prefill(self, prompts: Sequence[Tensor], layers: LayerSet, rows: Rows) -> None:
-        """Reads the prompts (int64 [T_row], in host memory) into an empty cache; leaves the first step's logits."""
-        self._cache.reset()
+    def _prefill(
+        self,
+        prompts: Sequence[Tensor],
+        layers: LayerSet,
+        rows: Rows,
+        starts: Sequence[int] | None = None,
+    ) -> None:
+        """Reads the prompts from positions `starts` on, or from 0 into an empty cache."""
+        if starts is None:
+            self._lend(None)
+            self._cache.reset()
         with self.backend.scope():
             there = [prompt.to(self.backend.device) for prompt in prompts]
-            self._decoder.prefill(there, layers, self._cache, rows.buffers, PREFILL_CHUNK_TOKENS)
+            self._decoder.prefill(there, layers, self._cache, rows.buffers, PREFILL_CHUNK_TOKENS, starts)
             rows.first_logits.replay()
+
+    def _lend(self, session: Session | None) -> None:
+        """Makes line 0 of the cache this session's, or nobody's; whose it was puts its K,V away."""
+        tenant = self._tenant() if self._tenant else None
+        if tenant is session:
+            return
+        with self.backend.scope():
+            if tenant is not None:
+                tenant._put_away()
+            self._tenant = None  # should taking it back fail, it is nobody's
+            if session is not None:
+                session._take_back()
+        self._tenant = weakref.ref(session) if session is not None else None
 
     def _dispatch(
         self, request: Request, rows: Rows, programs: list[int], wait_for_all: bool
@@ -596,7 +678,7 @@ class Runtime:
         return MemoryReport(
             shared_weights=self._shared_bytes,
             own_weights=weights - self._shared_bytes,
-            kv_cache=self._cache.nbytes,
+            kv_cache=self._cache.nbytes + self._cache.hidden_bytes,
             buffers=buffers + self.backend.scratch_bytes,
             prefill=self._prefill_bytes()
             + max(

@@ -31,6 +31,16 @@ class Cache:
         self.pos = 0
         self.only_write = False
 
+    def fork(self) -> Cache:
+        """A copy that goes its own way; K,V themselves are never written to."""
+        copy = Cache(len(self.lines), self.windows)
+        copy.lines = [dict(line) for line in self.lines]
+        return copy
+
+    def truncate(self, length: int) -> None:
+        """Forgets positions from `length` on."""
+        self.lines = [{pos: kv for pos, kv in line.items() if pos < length} for line in self.lines]
+
     def update(self, k: Tensor, v: Tensor, layer: int, *_, **__) -> tuple[Tensor, Tensor]:
         """Stores K,V [1, G, 1, d] of this token; returns those its attention may see [1, G, T, d]."""
         line = self.lines[layer]
@@ -76,15 +86,21 @@ def windows_of(hf_config) -> list[int]:
 
 @torch.no_grad()
 def generate(
-    model: PreTrainedModel, prompt: Sequence[int], plans: Sequence[Plan], forced: Sequence[int] | None = None
+    model: PreTrainedModel,
+    prompt: Sequence[int],
+    plans: Sequence[Plan],
+    forced: Sequence[int] | None = None,
+    cache: Cache | None = None,
+    start: int = 0,
 ) -> Run:
     """Greedy tokens of len(plans) steps: plans[0] for every token of the prompt, plans[i] for step i.
 
     forced: feed these tokens instead of the chosen ones; Run.tokens are then still the argmax of each step.
+    cache: what is there of the prompt's first `start` tokens; it is written to.
     """
     # A model cast to bfloat16 has rounded RoPE frequencies; a module made afresh has not.
     rotary = type(model.model.rotary_emb)(model.config)
-    cache = Cache(model.config.num_hidden_layers, windows_of(model.config))
+    cache = cache or Cache(model.config.num_hidden_layers, windows_of(model.config))
 
     def forward(token: int, pos: int, plan: Plan) -> Tensor:
         cache.pos = pos
@@ -93,8 +109,9 @@ def generate(
         for layer, attention, mlp in plan:
             block = model.model.layers[layer]
             # K,V of a filled layer are what its attention makes of x as it is; what it would give is thrown away.
-            cache.only_write = attention is Action.FILL
-            if attention in (Action.RUN, Action.FILL):
+            # What is kept for later is written at once: when is nobody's business but the runtime's.
+            cache.only_write = attention in (Action.FILL, Action.KEEP)
+            if attention is not Action.SKIP:
                 attended, _ = block.self_attn(
                     hidden_states=block.input_layernorm(x),
                     position_embeddings=cos_sin,
@@ -107,8 +124,8 @@ def generate(
                 x = x + block.mlp(block.post_attention_layernorm(x))
         return model.lm_head(model.model.norm(x))[0, 0]
 
-    for pos, token in enumerate(prompt):
-        logits = [forward(token, pos, plans[0])]
+    for pos in range(start, len(prompt)):
+        logits = [forward(prompt[pos], pos, plans[0])]
     tokens = [int(logits[0].argmax())]
     for step, plan in enumerate(plans[1:], 1):
         fed = tokens[-1] if forced is None else forced[step - 1]
@@ -132,3 +149,46 @@ def excess(ours: Tensor, same_dtype: Tensor, exact: Tensor, dtype: torch.dtype) 
     exact = exact.double()
     allowed = 2 * rms(same_dtype - exact) + 4 * torch.finfo(dtype).eps * rms(exact)
     return rms(ours - exact) / allowed
+
+
+@dataclass
+class Conversation:
+    """Turns one after the other over one cache, as a session has them: kv_fill "recompute" uses of the cache what a
+    prefill would have made, the others whatever is there."""
+
+    model: PreTrainedModel
+    ids: list[int]
+    cache: Cache
+    how: list[tuple[int, Plan]]  # of each cached position its token and its plan
+    exact: bool = True
+
+    @classmethod
+    def new(cls, model: PreTrainedModel, exact: bool) -> Conversation:
+        return cls(model, [], Cache(model.config.num_hidden_layers, windows_of(model.config)), [], exact)
+
+    def fork(self) -> Conversation:
+        return Conversation(self.model, list(self.ids), self.cache.fork(), list(self.how), self.exact)
+
+    def keep(self, length: int) -> None:
+        """Forgets what was cached of positions from `length` on."""
+        del self.how[length:]
+        self.cache.truncate(length)
+
+    def start(self, ids: Sequence[int], plans: Sequence[Plan]) -> int:
+        """The first position that the next turn has to read."""
+        reads = {layer for plan in plans for layer in plan.layer_set.attention_layers}
+        for pos, (token, plan) in enumerate(self.how[: len(ids) - 1]):
+            holes = any(pos not in self.cache.lines[layer] for layer in reads)
+            if token != ids[pos] or holes or (self.exact and plan.layer_set != plans[0].layer_set):
+                return pos
+        return min(len(self.how), len(ids) - 1)
+
+    def send(self, ids: Sequence[int], plans: Sequence[Plan]) -> Run:
+        """One turn whose whole conversation is `ids`."""
+        start = self.start(ids, plans)
+        self.keep(start)
+        run = generate(self.model, ids, plans, cache=self.cache, start=start)
+        self.ids = [*ids, *run.tokens]
+        self.how += [(token, plans[0]) for token in ids[start:]]
+        self.how += list(zip(run.tokens, plans[1:], strict=False))
+        return run

@@ -97,6 +97,9 @@ class Loop(Protocol):
         to; sampling None: what the driven path will. It may leave anything in the buffers and in the cache: before a
         prefill only."""
 
+    preparing_keeps_cache: bool
+    """Whether `prepare` leaves the cache as it is."""
+
     def built(self, program: int) -> Built:
         """What has been built of it so far."""
 

@@ -43,6 +43,8 @@ _GEMM_FLAGS = {
 class CpuLoop:
     """csrc's Dispatcher; only `start` differs, in how it is given its parameters."""
 
+    preparing_keeps_cache = True
+
     def __init__(self, dispatcher: Any, pos: Tensor):
         self._dispatcher = dispatcher
         self.pos = pos

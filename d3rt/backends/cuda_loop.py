@@ -29,6 +29,8 @@ CHECKED_AS = SamplingParams(True, temperature=0.8, top_k=50, top_p=0.95, min_p=0
 class CudaLoop:
     """See base.Loop. token, pos, logits are on the device, filled is not."""
 
+    preparing_keeps_cache = False  # the check of a new step writes random K,V
+
     def __init__(self, backend: Any, token: Tensor, pos: Tensor, logits: Tensor, filled: Tensor):
         batch, device = len(token), token.device
         self.pos = torch.zeros(batch, dtype=torch.int32)

@@ -33,6 +33,8 @@ class ReferenceProgram:
 class ReferenceLoop:
     """The dispatcher's loop in Python; `read` and `wait` do the work when they are called."""
 
+    preparing_keeps_cache = True
+
     def __init__(self, token: Tensor, pos: Tensor, logits: Tensor, filled: Tensor):
         self._token, self._pos, self._logits, self._filled = token, pos, logits, filled
         self.pos = pos

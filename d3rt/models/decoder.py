@@ -148,7 +148,9 @@ class StepBuffers:
         if self.lines is not None:
             part.lines = self.lines[rows]
             return part
-        part.k, part.v, part.hidden = ([each[rows] for each in kept] for kept in (self.k, self.v, self.hidden))
+        part.k, part.v, part.hidden = (
+            [each[rows] for each in kept] for kept in (self.k, self.v, self.hidden)
+        )
         return part
 
     @property
@@ -185,8 +187,8 @@ class Decoder:
         self._attention = attention
 
     def decode_step(self, ops, plan: Plan | Sequence[Plan], buf: StepBuffers) -> None:
-        """One decode step: the tokens in buf.token at buf.pos, through the sublayers that `plan` runs, one for all rows or
-        one for each, to buf.logits.
+        """One decode step: the tokens in buf.token at buf.pos, through the sublayers that `plan` runs, one for all
+        rows or one for each, to buf.logits.
 
         `ops` has the ops of d3rt.kernels.reference: that module itself, or a tape that records them.
         """
@@ -208,7 +210,9 @@ class Decoder:
                 ops.proj_add(at.x, at.attended_flat, lw.wo, lw.bo)
             for rows in todo.mlp:
                 lw, at = w.layers[layer], buf.part(rows)
-                ops.norm_gate_up(at.h, at.x, lw.mlp_norm, lw.w_gate, lw.w_up, lw.b_gate, lw.b_up, c.rms_norm_eps)
+                ops.norm_gate_up(
+                    at.h, at.x, lw.mlp_norm, lw.w_gate, lw.w_up, lw.b_gate, lw.b_up, c.rms_norm_eps
+                )
                 ops.proj_add(at.x, at.h, lw.w_down, lw.b_down)
         self.project_logits(ops, buf)
 
@@ -250,17 +254,19 @@ class Decoder:
         starts: Sequence[int] | None = None,
         lines: Sequence[int] | None = None,
     ) -> None:
-        """Runs prompts[row] (int64 [T_row], where the cache is) through `layers` into line lines[row] of the cache, from
-        position starts[row] (0) on; line `row` where none is given.
+        """Runs prompts[row] (int64 [T_row], where the cache is) through `layers` into line lines[row] of the cache,
+        from position starts[row] (0) on; line `row` where none is given.
 
         What is before must be there in every one of the layers, else HoleError. Leaves the last token's hidden state of
-        each row in buf.x, its position in buf.pos, and the filled lengths in the cache. Tokens of all rows are packed end to end (no padding is computed) and cut into chunks of at most
-        chunk_tokens, which bounds the memory taken.
+        each row in buf.x, its position in buf.pos, and the filled lengths in the cache. Tokens of all rows are packed
+        end to end (no padding is computed) and cut into chunks of at most chunk_tokens, which bounds the memory taken.
         """
         starts = [0] * len(prompts) if starts is None else starts
         lines = range(len(prompts)) if lines is None else lines
         for line, start in zip(lines, starts, strict=True):
-            cache.extend(line, start, start, layers.attention_layers)  # nothing is left of what is written over
+            cache.extend(
+                line, start, start, layers.attention_layers
+            )  # nothing is left of what is written over
         pieces: list[tuple[int, int, int]] = []  # row, first position, one past the last
         budget = chunk_tokens
         with torch.inference_mode():
@@ -322,7 +328,9 @@ class Decoder:
             k = rms_norm(k, lw.k_norm, c.rms_norm_eps)
         return rotate(k, cos, sin), v
 
-    def fill(self, layer: int, hidden: Tensor, cache: KVCache, line: int, start: int, buf: StepBuffers) -> None:
+    def fill(
+        self, layer: int, hidden: Tensor, cache: KVCache, line: int, start: int, buf: StepBuffers
+    ) -> None:
         """K,V of one layer from the hidden states [T, D] that were kept before it, written at positions start ..
         start + T - 1 of a line: kv_fill for many tokens, as one matrix product."""
         lw, stop = self.weights.layers[layer], start + len(hidden)

@@ -275,8 +275,8 @@ class Schedule:
     def plans(self, kv_fill: str = "auto") -> tuple[Plan, ...]:
         """The plan of every step; index 0 is the prefill's, which never fills. Equal plans are one object.
 
-        kv_fill "auto" and "recompute": a step fills each layer whose attention it skips and a later step of this schedule
-        runs; so a nested schedule never fills. "eager": every decode step fills every layer whose attention
+        kv_fill "auto" and "recompute": a step fills each layer whose attention it skips and a later step of this
+        schedule runs; so a nested schedule never fills. "eager": every decode step fills every layer whose attention
         it skips, which keeps the K,V whole for what comes after this schedule. "deferred": a step fills as under
         "auto", and keeps the hidden state for the other layers. In none is anything done for a layer that the prompt
         skipped: its K,V would stay incomplete, so nothing could ever read it.

@@ -79,7 +79,9 @@ def test_each_row_gets_exactly_what_its_own_plan_says(seed):
                     if settle.gap is not None:
                         assert settle.gap not in gaps
                         gaps[settle.gap] = hidden
-            runs = [any(part.start <= row < part.stop for part in parts) for parts in (todo.attention, todo.mlp)]
+            runs = [
+                any(part.start <= row < part.stop for part in parts) for parts in (todo.attention, todo.mlp)
+            ]
             if layer < layers:
                 assert runs == [plan.attention[layer] is Action.RUN, plan.mlp[layer] is Action.RUN]
             hidden += sum(runs)
