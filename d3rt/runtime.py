@@ -17,6 +17,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,7 @@ from d3rt.policies.base import KV_FILLS
 from d3rt.programs import ProgramInfo, Rows
 from d3rt.quantize import Width, Widths, width_bytes
 from d3rt.result import GenerateOutput, GenerationStats
+from d3rt.row_batch import RowBatch
 from d3rt.sampling import SamplingParams
 from d3rt.session import Session
 
@@ -367,6 +369,72 @@ class Runtime:
         return Session(
             self, self._checked_policy(policy), _checked_fill(kv_fill or self.kv_fill), restart_steps
         )
+
+    def serve_batch(
+        self, rows: int | None = None, max_seq_len: int | None = None, join_every: int = 1
+    ) -> RowBatch:
+        """Rows that join and leave one by one, each at its own step: see RowBatch.
+
+        rows: at most so many at a time (batch_size); max_seq_len: of each (the runtime's); join_every: rows that were
+        added join together, every so many steps, or at once when no other decodes.
+        """
+        rows = self.batch_size if rows is None else rows
+        length = self.max_seq_len if max_seq_len is None else max_seq_len
+        for name, value in (("rows", rows), ("max_seq_len", length), ("join_every", join_every)):
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"{name}={value!r}: it must be a whole number of at least 1.")
+        if rows > MAX_BATCH_SIZE:
+            raise ValueError(f"rows={rows}: at most {MAX_BATCH_SIZE} rows decode together.")
+        if length > self.max_seq_len:
+            raise ValueError(
+                f"max_seq_len={length}: the runtime was compiled for {self.max_seq_len}; compile(..., max_seq_len=...)."
+            )
+        if not self.backend.line_tables:
+            raise UnsupportedOptionError(
+                f"serve_batch: rows that change places need kernels that backend {self.backend.name!r} has not; "
+                "use backend='cpu', or generate with a batch."
+            )
+        return RowBatch(
+            self.backend,
+            self._decoder,
+            self._rope,
+            rows,
+            length,
+            self.dtype,
+            partial(self._row_plans, length),
+            self._exclusive,
+            PREFILL_CHUNK_TOKENS,
+            join_every,
+        )
+
+    def _row_plans(
+        self, max_seq_len: int, prompt: Any, policy: Policy | str | None, options: Mapping[str, Any]
+    ) -> tuple[Request, tuple[Plan, ...]]:
+        """The request of one row of a RowBatch and its plans; refuses what does not fit."""
+        for name in (
+            "attention_mask",
+            "input_ids",
+            "num_return_sequences",
+            "return_dict_in_generate",
+            "streamer",
+        ):
+            if options.get(name) is not None:
+                raise UnsupportedOptionError(
+                    f"{name}: a row is added alone and without padding; leave it out."
+                )
+        ids = self._encode(prompt)
+        if ids.shape[0] != 1:
+            raise ValueError(f"a prompt of shape {tuple(ids.shape)}: rows are added one by one.")
+        request = resolve(
+            self.config, self.generation_config, ids, attention_mask=torch.ones_like(ids), **options
+        )
+        length = len(request.prompts[0])
+        if length + request.max_new_tokens > max_seq_len:
+            raise ValueError(
+                f"{length} prompt tokens and {request.max_new_tokens} new ones exceed max_seq_len={max_seq_len}; "
+                "lower max_new_tokens, or serve_batch(max_seq_len=...)."
+            )
+        return request, self._plans(request, self._checked_policy(policy), "auto")
 
     def load_session(self, path: str | os.PathLike[str]) -> Session:
         """The conversation that Session.save wrote to a file. ModelNotFoundError when there is none,

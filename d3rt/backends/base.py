@@ -142,6 +142,9 @@ class Backend(Protocol):
     device: torch.device
     """Where weights, cache and buffers lie."""
 
+    line_tables: bool
+    """Whether its ops take `lines`, by which rows have any line of the cache."""
+
     def admit(self, needs: Needs) -> None:
         """Refuses what cannot run here, before any work: BackendUnavailableError or UnsupportedOptionError."""
 

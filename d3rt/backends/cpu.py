@@ -78,6 +78,7 @@ class CpuBackend:
     device = torch.device("cpu")
     scope = nullcontext
     attend = staticmethod(causal_attention)
+    line_tables = True
 
     def __init__(self, threads: int | None = None):
         _C = native()

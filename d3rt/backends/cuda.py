@@ -54,6 +54,7 @@ class CudaBackend:
     a kernel, None for Triton's own. The tests stand in for both where there is no GPU."""
 
     name = "cuda"
+    line_tables = False
 
     def __init__(
         self,

@@ -146,6 +146,7 @@ class ReferenceBackend:
     device = torch.device("cpu")
     scope = nullcontext
     attend = staticmethod(causal_attention)
+    line_tables = True
 
     def __init__(self, threads: int | None = None):
         self.threads = threads or torch.get_num_threads()

@@ -24,7 +24,7 @@ from d3rt.kernels.reference import FillLayer, rms_norm, rotate
 from d3rt.kv_cache import KVCache
 from d3rt.plan import Action, LayerSet, Plan
 from d3rt.quantize import Matrix, tensors_of
-from d3rt.row_plans import Settle, by_layer
+from d3rt.row_plans import LayerRows, Settle, by_layer
 
 
 @dataclass(frozen=True)
@@ -192,29 +192,35 @@ class Decoder:
 
         `ops` has the ops of d3rt.kernels.reference: that module itself, or a tape that records them.
         """
-        c, w = self.config, self.weights
-        ops.embed(buf.x, buf.token, w.embed)
+        self.embed(ops, buf)
         for layer, todo in enumerate(by_layer((plan,) * buf.rows if isinstance(plan, Plan) else plan)):
-            for each in todo.settle:
-                self._settle(ops, buf, each)
-            for rows in todo.attention:
-                lw, at = w.layers[layer], buf.part(rows)
-                k, v = at.k[layer], at.v[layer]
-                ops.norm_qkv_rope(
-                    *(at.q, k, v, at.x, lw.attention_norm, lw.wq, lw.wk, lw.wv, lw.bq, lw.bk, lw.bv),
-                    *(lw.q_norm, lw.k_norm, at.cos, at.sin, at.pos, c.rms_norm_eps),
-                    **at.place,
-                )
-                window = c.sliding_windows[layer]
-                ops.attention(at.attended, at.q, k, v, at.pos, c.attention_scale, window, **at.place)
-                ops.proj_add(at.x, at.attended_flat, lw.wo, lw.bo)
-            for rows in todo.mlp:
-                lw, at = w.layers[layer], buf.part(rows)
-                ops.norm_gate_up(
-                    at.h, at.x, lw.mlp_norm, lw.w_gate, lw.w_up, lw.b_gate, lw.b_up, c.rms_norm_eps
-                )
-                ops.proj_add(at.x, at.h, lw.w_down, lw.b_down)
+            self.run_layer(ops, layer, todo, buf)
         self.project_logits(ops, buf)
+
+    def embed(self, ops, buf: StepBuffers) -> None:
+        """The first op of a step: buf.token to buf.x."""
+        ops.embed(buf.x, buf.token, self.weights.embed)
+
+    def run_layer(self, ops, layer: int, todo: LayerRows, buf: StepBuffers) -> None:
+        """What a step does at one layer; at layer L, what it does after the last."""
+        c, w = self.config, self.weights
+        for each in todo.settle:
+            self._settle(ops, buf, each)
+        for rows in todo.attention:
+            lw, at = w.layers[layer], buf.part(rows)
+            k, v = at.k[layer], at.v[layer]
+            ops.norm_qkv_rope(
+                *(at.q, k, v, at.x, lw.attention_norm, lw.wq, lw.wk, lw.wv, lw.bq, lw.bk, lw.bv),
+                *(lw.q_norm, lw.k_norm, at.cos, at.sin, at.pos, c.rms_norm_eps),
+                **at.place,
+            )
+            window = c.sliding_windows[layer]
+            ops.attention(at.attended, at.q, k, v, at.pos, c.attention_scale, window, **at.place)
+            ops.proj_add(at.x, at.attended_flat, lw.wo, lw.bo)
+        for rows in todo.mlp:
+            lw, at = w.layers[layer], buf.part(rows)
+            ops.norm_gate_up(at.h, at.x, lw.mlp_norm, lw.w_gate, lw.w_up, lw.b_gate, lw.b_up, c.rms_norm_eps)
+            ops.proj_add(at.x, at.h, lw.w_down, lw.b_down)
 
     def _settle(self, ops, buf: StepBuffers, what: Settle) -> None:
         """Fills K,V from the hidden state of some rows, and keeps it, before it changes."""
