@@ -37,7 +37,9 @@ from d3rt.policies import (
 if TYPE_CHECKING:
     from d3rt.models.loading import demo_model, load_model
     from d3rt.result import GenerateOutput, GenerationStats
+    from d3rt.row_batch import RowBatch
     from d3rt.runtime import Runtime, compile, load
+    from d3rt.session import Reply, Session
 
 __version__ = "0.1.0"
 
@@ -48,6 +50,9 @@ _LAZY = {
     "load": "d3rt.runtime",
     "demo_model": "d3rt.models.loading",
     "load_model": "d3rt.models.loading",
+    "Reply": "d3rt.session",
+    "RowBatch": "d3rt.row_batch",
+    "Session": "d3rt.session",
     "GenerateOutput": "d3rt.result",
     "GenerationStats": "d3rt.result",
 }
@@ -65,9 +70,12 @@ __all__ = [
     "ModelNotFoundError",
     "Policy",
     "PolicyError",
+    "Reply",
+    "RowBatch",
     "Runtime",
     "SaveError",
     "Schedule",
+    "Session",
     "SkipDecode",
     "StaticLayers",
     "UnifiedSkip",
