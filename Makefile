@@ -14,7 +14,7 @@ BUILD_INPUTS = setup.py pyproject.toml CMakeLists.txt $(shell find csrc -type f 
 SANITIZED := build/csrc-sanitized
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test pytest csrc-test csrc-sanitized csrc-test-threads bench lint format wheel clean
+.PHONY: help venv demo test pytest csrc-test fuzz csrc-sanitized csrc-test-threads bench lint format wheel clean
 .PHONY: gpu-interpret gpu-compile gpu-ptx gpu-traffic gpu-dispatch gpu-generate gpu-fake-tensor gpu-check gpu-bench
 
 help: ## list the targets
@@ -41,7 +41,7 @@ venv: .venv/.built ## make .venv with the pinned packages and build d3rt into it
 demo: venv ## generate with the embedded model, with and without skipping
 	@$(BIN)/d3rt demo
 
-test: pytest csrc-test ## run every test: Python, and C++ under ASan and UBSan
+test: pytest csrc-test fuzz ## run every test: Python, C++ under ASan and UBSan, and random conversations there
 
 pytest: venv ## run the Python tests
 	$(BIN)/pytest
@@ -49,9 +49,16 @@ pytest: venv ## run the Python tests
 csrc-test: csrc-sanitized ## run the C++ tests under AddressSanitizer and UBSan
 	UBSAN_OPTIONS=print_stacktrace=1 $(SANITIZED)/d3rt_csrc_tests
 
+# Python itself is not sanitized: the sanitizers' library is loaded in front of it, and what Python leaks is its own.
+fuzz: csrc-sanitized ## run random conversations and batches on the native core under AddressSanitizer and UBSan
+	LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so)" ASAN_OPTIONS=detect_leaks=0 \
+	UBSAN_OPTIONS=print_stacktrace=1 D3RT_EXTENSION="$$(echo $(CURDIR)/$(SANITIZED)/_C.*.so)" \
+	  $(BIN)/pytest -p no:cacheprovider tests/sessions/test_fuzz.py tests/runtime/test_row_batch.py -k "not reference"
+
 csrc-sanitized: venv
 	@PATH="$(CURDIR)/$(BIN):$$PATH" cmake -S . -B $(SANITIZED) -G Ninja --log-level=WARNING \
-	  -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja -DCMAKE_BUILD_TYPE=Debug -DD3RT_PYTHON=OFF -DD3RT_TESTS=ON \
+	  -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja -DCMAKE_BUILD_TYPE=Debug -DD3RT_PYTHON=ON -DD3RT_TESTS=ON \
+	  -Dpybind11_DIR="$$($(BIN)/python -m pybind11 --cmakedir)" -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python \
 	  -DD3RT_WERROR=ON -DD3RT_SANITIZE=address,undefined
 	@$(BIN)/cmake --build $(SANITIZED)
 

@@ -2,7 +2,9 @@
 
 import importlib.util
 import json
+import os
 import signal
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,12 @@ import d3rt
 
 # A shell that starts the tests in the background lets them ignore Ctrl-C, and so would every process they start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# `make fuzz`: the native core as it is built with sanitizers, in the place of the one that is installed.
+if extension := os.environ.get("D3RT_EXTENSION"):
+    spec = importlib.util.spec_from_file_location("d3rt._C", extension)
+    d3rt._C = sys.modules["d3rt._C"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(d3rt._C)
 
 PROMPTS = Path(__file__).parent / "data" / "prompts.json"
 DEMO_NEW_TOKENS = 128

@@ -44,15 +44,15 @@ def test_serve_works_off_the_same_tokens_whoever_waits(tmp_path, capsys, monkeyp
     fast = tiny_models.runtime("llama", batch_size=2)
     monkeypatch.setattr(d3rt, "compile", lambda *_, **options: fast)
     serve.main(
-        "--rows 2 --requests 4 --prompt 6 --new 12 --join 1,8 --rounds 1 --policy d3:alpha=0.9,start=0.4 "
+        "--rows 2 --requests 9 --prompt 6 --new 12 --join 1,64 --rounds 1 --policy d3:alpha=0.9,start=0.4 "
         f"--json {tmp_path / 'out.json'}".split()
     )
     shown = capsys.readouterr().out
     report = json.loads((tmp_path / "out.json").read_text())
     assert [(row["policy"], row["join_every"]) for row in report["rows"]] == [
-        (policy, every) for policy in ("full", "d3:alpha=0.9,start=0.4") for every in (1, 8)
+        (policy, every) for policy in ("full", "d3:alpha=0.9,start=0.4") for every in (1, 64)
     ]
     together, one_by_one = report["rows"][3], report["rows"][2]
     assert together["steps"] >= one_by_one["steps"] and together["deepest"] < one_by_one["deepest"] < 6
-    assert "4 requests of" in shown
+    assert "9 requests of" in shown
 
