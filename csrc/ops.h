@@ -102,6 +102,24 @@ struct NormLogits {
   float eps = 0;
 };
 
+// out = x: a hidden state as it is before it changes
+struct CopyHidden {
+  TensorView out;  // [B, D] out
+  TensorView x;    // [B, D]
+};
+
+// out = cosine of the angle between a and b
+struct HiddenCosine {
+  TensorView out;   // [B] out
+  TensorView a, b;  // [B, D]
+};
+
+// out = p1 - p2, the two largest of softmax(logits)
+struct Top2Margin {
+  TensorView out;     // [B] out
+  TensorView logits;  // [B, V]
+};
+
 // out = a W^T for the tokens of a prefill; W packed
 struct Linear {
   TensorView out;  // [T, N] out
@@ -158,6 +176,9 @@ Node bind(const ProjAdd&, const Arena&, const cpu::Kernels&, int num_threads);
 Node bind(const NormGateUp&, const Arena&, const cpu::Kernels&, int num_threads);
 Node bind(const KvFill&, const Arena&, const cpu::Kernels&, int num_threads);
 Node bind(const NormLogits&, const Arena&, const cpu::Kernels&, int num_threads);
+Node bind(const CopyHidden&, const Arena&, const cpu::Kernels&, int num_threads);
+Node bind(const HiddenCosine&, const Arena&, const cpu::Kernels&, int num_threads);
+Node bind(const Top2Margin&, const Arena&, const cpu::Kernels&, int num_threads);
 Node bind(const Linear&, const Arena&, const cpu::Kernels&, int num_threads);
 Node bind(const Unpack&, const Arena&, const cpu::Kernels&, int num_threads);
 

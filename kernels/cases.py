@@ -23,6 +23,9 @@ from d3rt.kernels.reference import FillLayer
 EPS = 1e-5
 ROPE_THETA = 10000.0
 OPS = ("embed", "norm_qkv_rope", "attention", "proj_add", "norm_gate_up", "kv_fill", "norm_logits")
+# Of early exit, which kernels/cuda does not have.
+EXIT_OPS = ("copy_hidden", "hidden_cosine", "top2_margin")
+ALL_OPS = (*OPS, *EXIT_OPS)
 
 
 @dataclass(frozen=True)
@@ -102,6 +105,7 @@ def outputs(case: Case, arguments: dict[str, Any]) -> dict[str, Tensor]:
         "norm_gate_up": ["h"],
         "kv_fill": [f"layers[{i}].{part}" for i in range(case.layers) for part in ("k_cache", "v_cache")],
         "norm_logits": ["logits"],
+        **{op: ["out"] for op in EXIT_OPS},
     }[case.op]
     found = dict(tensors(arguments))
     written = {name: found[name][owned(case, name)].clone() for name in names}
@@ -145,7 +149,11 @@ def bytes_moved(case: Case) -> int:
         return case.layers * (weights + case.B * lines) + x + rope
     if case.op == "norm_logits":
         return case.V * case.D * kept + case.D * 4 + x + case.B * case.V * 4
-    raise ValueError(f"op {case.op!r}: choose one of {', '.join(OPS)}")
+    if case.op in ("copy_hidden", "hidden_cosine"):
+        return 2 * x + (case.B * 4 if case.op == "hidden_cosine" else 0)
+    if case.op == "top2_margin":
+        return case.B * (case.V + 1) * 4
+    raise ValueError(f"op {case.op!r}: choose one of {', '.join(ALL_OPS)}")
 
 
 class _Maker:
@@ -302,6 +310,27 @@ class _Maker:
         }
 
 
+    def copy_hidden(self) -> dict[str, Any]:
+        case = self.case
+        return {"out": self.poisoned(case.B, case.D), "x": self.activation(case.B, case.D)}
+
+    def hidden_cosine(self) -> dict[str, Any]:
+        """A state and what a layer makes of it: cosines near 0.9. Of unrelated states they would be near 0, and their
+        rounding errors not small beside them."""
+        case = self.case
+        before = self.random(case.B, case.D)
+        after = before + 0.5 * self.random(case.B, case.D)
+        return {"out": self.poisoned(case.B), "a": self.place(before), "b": self.place(after)}
+
+    def top2_margin(self) -> dict[str, Any]:
+        """One token leads clearly in each row, the first and the last among them."""
+        case = self.case
+        logits = self.random(case.B, case.V)
+        for slot in range(case.B):
+            logits[slot, (case.V - 1) * slot // max(case.B - 1, 1)] += 8.0
+        return {"out": self.poisoned(case.B), "logits": self.place(logits)}
+
+
 def _spread(batch: int, length: int) -> tuple[int, ...]:
     """Positions of a batch: the first and the last there are, and some between."""
     return tuple((length - 1) * (batch - 1 - slot) // max(batch - 1, 1) for slot in range(batch))
@@ -340,7 +369,28 @@ def _test_cases() -> dict[str, list[Case]]:
     def logits(name: str, **sizes: Any) -> Case:
         return Case("norm_logits", name, _ANY, **sizes)
 
+    def of(op: str, *sizes: tuple[str, dict[str, int]]) -> list[Case]:
+        return [Case(op, name, torch.float32, **each) for name, each in sizes]
+
+    states = (
+        ("one", dict(D=1)),
+        ("odd", dict(D=67, B=3)),
+        ("full_batch", dict(D=130, B=16)),
+        ("long_rows", dict(D=5003, B=2)),
+    )
     return {
+        "copy_hidden": of("copy_hidden", *states),
+        "hidden_cosine": of("hidden_cosine", *states),
+        "top2_margin": of(
+            "top2_margin",
+            ("one", dict(V=1)),
+            ("two", dict(V=2, B=2)),
+            ("odd", dict(V=131, B=3)),
+            ("full_batch", dict(V=67, B=16)),
+            ("chunk_full", dict(V=4096)),
+            ("chunk_over", dict(V=4097, B=2)),
+            ("many_rows", dict(V=13007, B=3)),
+        ),
         "embed": _both(
             [
                 embed("one", D=1, V=1),
@@ -456,7 +506,7 @@ TIMED_FILL_LAYERS = 4
 
 def _timed_cases() -> dict[str, list[Case]]:
     """What a decode step of each model runs, by op."""
-    cases: dict[str, list[Case]] = {op: [] for op in OPS}
+    cases: dict[str, list[Case]] = {op: [] for op in ALL_OPS}
     for m in MODEL_SHAPES:
         for B in TIMED_BATCHES:
             cached = {"S": TIMED_LENGTH, "pos": (TIMED_LENGTH - 1,) * B}
@@ -473,6 +523,9 @@ def _timed_cases() -> dict[str, list[Case]]:
             ]
             for case in of_model:
                 cases[case.op] += _both([case])
+            for op in ("copy_hidden", "hidden_cosine"):
+                cases[op].append(Case(op, m.name, torch.float32, B=B, D=m.D))
+            cases["top2_margin"].append(Case("top2_margin", m.name, torch.float32, B=B, V=m.V))
             cases["attention"].append(
                 Case("attention", m.name, torch.float32, B=B, int8_cache=True, **heads, **cached)
             )
