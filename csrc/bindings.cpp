@@ -363,6 +363,20 @@ PYBIND11_MODULE(_C, m) {
           },
           py::arg("first_step"), py::arg("seconds"))
       .def("cancel", &Dispatcher::cancel, py::call_guard<py::gil_scoped_release>())
+      .def(
+          "add_ladder",
+          [](Dispatcher& d, const TensorArena& arena, const std::vector<std::pair<int, int>>& rungs, int top,
+             T confidence) {
+            if (!arena.owns(arena.view(confidence)))
+              throw ForeignBuffer("dispatcher: confidence must be registered in the arena");
+            std::vector<Rung> made;
+            for (const auto& [segment, exit] : rungs) made.push_back({segment, exit});
+            return d.add_ladder(std::move(made), top, arena.view(confidence));
+          },
+          py::arg("arena"), py::arg("rungs"), py::arg("top"), py::arg("confidence"),
+          "rungs: (segment, exit), as numbers of programs; top: likewise. Returns the ladder's number.")
+      .def("add_climb", &Dispatcher::add_climb, py::arg("ladder"), py::arg("threshold"))
+      .def_property_readonly("exits", &Dispatcher::exits)
       .def("begin", &Dispatcher::begin)
       .def("step", &Dispatcher::step, py::arg("program"), py::call_guard<py::gil_scoped_release>())
       .def("commit", &Dispatcher::commit, py::arg("tokens"), py::arg("finished"))

@@ -38,7 +38,7 @@ from d3rt.models.family import EMBED, LM_HEAD
 from d3rt.models.loading import open_model
 from d3rt.models.source import SharedModule, Source, parameters
 from d3rt.plan import LayerSet, Plan
-from d3rt.policies import FullDepth, Policy, parse
+from d3rt.policies import EarlyExit, FullDepth, Policy, parse
 from d3rt.programs import ProgramInfo, Rows
 from d3rt.quantize import Width, Widths, width_bytes
 from d3rt.result import GenerateOutput, GenerationStats
@@ -85,7 +85,8 @@ def compile(
     batch_size: most rows that one `generate` may have (up to 16).
     threads: of the cpu backend's decode steps; None is every core the process may use (affinity, cgroup quota,
         OMP_NUM_THREADS). The prefill uses torch's own threads.
-    kv_fill: "auto" writes K,V of skipped layers only when a later step reads it; "eager" always does.
+    kv_fill: "auto" writes K,V of skipped layers only when a later step reads it; "eager" always does. A policy that
+        decides the depth while it runs (CALM) always does.
     tokenizer: for `stream` with text; found by itself when `model` is a path.
 
     Raises UnsupportedModelError, PolicyError, BackendUnavailableError or ValueError before any work starts.
@@ -222,6 +223,7 @@ class Runtime:
             kv_cache=2 * c.num_hidden_layers * self.batch_size * self.max_seq_len * line,
             buffers=buffer_bytes(c, self.batch_size, self.max_seq_len),
             prefill=self._prefill_bytes(),
+            early_exit=str(self.policy) if isinstance(self.policy, EarlyExit) else None,
             unpacked=max(
                 (
                     shapes[name].numel()
@@ -482,13 +484,13 @@ class Runtime:
         self, request, plans, rows: Rows, prefill_seconds: float, step_seconds: Sequence[float]
     ) -> None:
         """last_run and the replay counts, from the steps that really ran."""
-        ran = plans[: len(step_seconds)]
+        ran = rows.ran(plans[: len(step_seconds)])
         if not ran:
             return
         rows.replays.update(ran[1:])
         layers = self.config.num_hidden_layers
         head = nbytes([self._decoder.weights.lm_head, self._decoder.weights.norm])
-        bytes_of = {plan: self._decoder.step_bytes(plan) for plan in set(ran[1:])}
+        bytes_of = {plan: rows.weight_bytes(plan) for plan in set(ran[1:])}
         text = {plan: str(plan.layer_set) for plan in set(ran)}
         lengths = [len(prompt) for prompt in request.prompts]
         self.last_run = GenerationStats(
@@ -571,28 +573,28 @@ class Runtime:
                 do_sample=bool(defaults.do_sample), repetition_penalty=defaults.repetition_penalty or 1.0
             )
             kept.loop.prepare(numbers, sampling, ())
-        return len(kept.numbers)
+        return sum(1 for _ in kept.recorded())
 
     def programs(self) -> list[ProgramInfo]:
         """Every recorded step: one for each distinct plan and number of rows."""
         return [
             ProgramInfo(
-                plan=plan,
+                plan=step if isinstance(step, Plan) else step.plan,
                 rows=count,
-                depth=plan.layer_set.depth,
-                weight_bytes=self._decoder.step_bytes(plan),
-                replays=rows.replays[plan],
-                mode=(built := rows.loop.built(rows.numbers[plan])).mode,
+                depth=step.layer_set.depth,
+                weight_bytes=rows.weight_bytes(step),
+                replays=rows.replays[step],
+                mode=built.mode,
                 device_bytes=built.device_bytes,
             )
             for count, rows in self._rows.items()
-            for plan in rows.numbers
+            for step, built in rows.recorded()
         ]
 
     def memory(self) -> MemoryReport:
         """Bytes held, and the most that will be."""
         weights = nbytes(self._decoder.weights.tensors())
-        buffers = nbytes(self._rope) + sum(rows.buffers.nbytes for rows in self._rows.values())
+        buffers = nbytes(self._rope) + sum(rows.nbytes for rows in self._rows.values())
         return MemoryReport(
             shared_weights=self._shared_bytes,
             own_weights=weights - self._shared_bytes,

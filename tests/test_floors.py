@@ -30,6 +30,7 @@ FLOORS = {
         "d3rt.memory",
         "d3rt.detokenizer",
         "d3rt.nodes",
+        "d3rt.ladder",
         "d3rt.programs",
         "d3rt.storage",
     ),

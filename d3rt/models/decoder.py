@@ -144,8 +144,13 @@ class Decoder:
 
         `ops` has the ops of d3rt.kernels.reference: that module itself, or a tape that records them.
         """
+        ops.embed(buf.x, buf.token, self.weights.embed)
+        self.run_plan(ops, plan, buf)
+        self.project_logits(ops, buf)
+
+    def run_plan(self, ops, plan: Plan, buf: StepBuffers) -> None:
+        """What `plan` says of each sublayer, from buf.x to buf.x."""
         c, w = self.config, self.weights
-        ops.embed(buf.x, buf.token, w.embed)
         skipped: list[FillLayer] = []  # attention sublayers to fill from x as it stands
         for layer, attention, mlp in plan:
             lw, k, v = w.layers[layer], buf.k[layer], buf.v[layer]
@@ -168,7 +173,6 @@ class Decoder:
                 ops.proj_add(buf.x, buf.h, lw.w_down, lw.b_down)
         if skipped:
             ops.kv_fill(skipped, buf.x, buf.cos, buf.sin, buf.pos, c.rms_norm_eps)
-        self.project_logits(ops, buf)
 
     def project_logits(self, ops, buf: StepBuffers) -> None:
         """The last op of a step, and the only one after a prefill: buf.x to buf.logits."""

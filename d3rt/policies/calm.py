@@ -71,8 +71,8 @@ class CALM(EarlyExit):
         super().validate(num_layers)
         if self.min_exit >= num_layers:
             raise PolicyError(
-                f"CALM(min_exit={self.min_exit}) on {num_layers} layers: no exit is left below the top; min_exit must be "
-                f"below {num_layers}, or use FullDepth()."
+                f"CALM(min_exit={self.min_exit}) on {num_layers} layers: no exit is left below the top; min_exit must "
+                f"be below {num_layers}, or use FullDepth()."
             )
 
     def exits(self, num_layers: int) -> tuple[int, ...]:

@@ -93,8 +93,8 @@ class ExitSchedule(Schedule):
         return len(self.sets) < 2
 
     def plans(self, kv_fill: str = "auto") -> tuple[Plan | Climb, ...]:
-        """The prefill's plan, then a Climb a step; equal ones are one object. The K,V above an exit are always filled at
-        once, so "auto" and "eager" are the same."""
+        """The prefill's plan, then a Climb a step; equal ones are one object. The K,V above an exit are always
+        filled at once, so "auto" and "eager" are the same."""
         if kv_fill not in KV_FILLS:
             raise PolicyError(
                 f"kv_fill={kv_fill!r}: {type(self.policy).__name__} decides the depth while a step runs and fills what "
