@@ -249,22 +249,15 @@ PYBIND11_MODULE(_C, m) {
           },
           py::arg("logits"), py::arg("x"), py::arg("norm"), py::arg("w"), py::arg("eps"))
       .def(
-          "copy_hidden",
-          [](TensorTape& t, T out, T x) {
-            t.record(CopyHidden{t.view(out), t.view(x)});
-          },
+          "copy_hidden", [](TensorTape& t, T out, T x) { t.record(CopyHidden{t.view(out), t.view(x)}); },
           py::arg("out"), py::arg("x"))
       .def(
           "hidden_cosine",
-          [](TensorTape& t, T out, T a, T b) {
-            t.record(HiddenCosine{t.view(out), t.view(a), t.view(b)});
-          },
+          [](TensorTape& t, T out, T a, T b) { t.record(HiddenCosine{t.view(out), t.view(a), t.view(b)}); },
           py::arg("out"), py::arg("a"), py::arg("b"))
       .def(
           "top2_margin",
-          [](TensorTape& t, T out, T logits) {
-            t.record(Top2Margin{t.view(out), t.view(logits)});
-          },
+          [](TensorTape& t, T out, T logits) { t.record(Top2Margin{t.view(out), t.view(logits)}); },
           py::arg("out"), py::arg("logits"));
 
   m.def(

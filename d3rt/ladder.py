@@ -117,9 +117,7 @@ class Ladder:
         the logits already."""
         buf, weights = self._buf, self._decoder.weights
         above = [
-            FillLayer(
-                *(buf.k[layer], buf.v[layer], lw.attention_norm, lw.wk, lw.wv, lw.bk, lw.bv, lw.k_norm)
-            )
+            FillLayer(*(buf.k[layer], buf.v[layer], lw.attention_norm, lw.wk, lw.wv, lw.bk, lw.bv, lw.k_norm))
             for layer, lw in enumerate(weights.layers)
             if layer >= depth
         ]

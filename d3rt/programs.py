@@ -23,8 +23,8 @@ from d3rt.policies.early_exit import Climb
 
 @dataclass(frozen=True)
 class ProgramInfo:
-    """One recorded step, as `Runtime.programs()` lists it; with a policy that decides while it runs, one way through the
-    recorded parts of a step."""
+    """One recorded step, as `Runtime.programs()` lists it; with a policy that decides while it runs, one way through
+    the recorded parts of a step."""
 
     plan: Plan
     rows: int

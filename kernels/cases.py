@@ -309,7 +309,6 @@ class _Maker:
             "eps": EPS,
         }
 
-
     def copy_hidden(self) -> dict[str, Any]:
         case = self.case
         return {"out": self.poisoned(case.B, case.D), "x": self.activation(case.B, case.D)}

@@ -90,7 +90,8 @@ static void top2_margin(const Top2MarginArgs& a, float* scratch, int phase, int 
   for (int64_t b = mine.begin; b < mine.end; ++b) {
     const float* parts = scratch + 3 * b * chunks;
     Top2 top = {-__builtin_inff(), -__builtin_inff()};
-    for (int64_t chunk = 0; chunk < chunks; ++chunk) put(top, parts[3 * chunk]), put(top, parts[3 * chunk + 1]);
+    for (int64_t chunk = 0; chunk < chunks; ++chunk)
+      put(top, parts[3 * chunk]), put(top, parts[3 * chunk + 1]);
     float total = 0;
     for (int64_t chunk = 0; chunk < chunks; ++chunk)
       total += parts[3 * chunk + 2] * exp_of(parts[3 * chunk] - top.first);

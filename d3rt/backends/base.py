@@ -100,7 +100,8 @@ class Loop(Protocol):
 
     def add_ladder(self, rungs: Sequence[tuple[int, int]], top: int, confidence: Tensor) -> int:
         """Adds the parts of a step whose depth is decided while it runs; see csrc/ladder.h. rungs: (segment, exit), by
-        their numbers; confidence: float32 [B], which each segment writes. UnsupportedOptionError where a backend cannot."""
+        their numbers; confidence: float32 [B], which each segment writes. UnsupportedOptionError where it
+        cannot be done."""
 
     def add_climb(self, ladder: int, threshold: float) -> int:
         """Adds a step that climbs the ladder and ends at the first confidence of at least `threshold`; its number is a

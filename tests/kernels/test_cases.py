@@ -5,7 +5,9 @@ import torch
 
 from d3rt.kernels import cases, kv_line
 
-TESTED = [case for op in cases.ALL_OPS for case in (*cases.TEST_CASES[op], *cases.INT8_CACHE_CASES.get(op, ()))]
+TESTED = [
+    case for op in cases.ALL_OPS for case in (*cases.TEST_CASES[op], *cases.INT8_CACHE_CASES.get(op, ()))
+]
 
 
 def test_every_op_has_cases_in_both_tables_under_names_of_their_own():
