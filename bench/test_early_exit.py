@@ -1,8 +1,8 @@
 """What early exit costs: the confidence tests of a step that never ends early, and the fills of one that does.
 
 On SmolLM2-135M's shape with random weights (test_decode.py): one step driven through the loop, so that the decision is
-timed too, beside a step of recorded layers in the same round. "never" climbs to the top with a test at each exit, beside
-full depth; "exit" ends after 15 layers at its first test and fills the other 15, beside those 15 layers alone.
+timed too, beside a step of recorded layers in the same round. "never" climbs to the top with a test at each exit,
+beside full depth; "exit" ends after 15 layers at its first test and fills the other 15, beside those 15 layers alone.
 """
 
 from __future__ import annotations

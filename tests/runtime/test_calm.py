@@ -235,6 +235,8 @@ def test_on_given_tokens_the_sequence_of_depths_never_falls_when_the_threshold_r
         found = depths_by_threshold(name, measure, some_tokens(2, seed), prompts)
         assert found == sorted(found)  # tuples compare at the first step that differs
         assert len(set(found)) > 3
+        means = [sum(depths) for depths in found]
+        assert means == sorted(means)  # not so by construction, but on these tokens
         # So the first step, which both find the same cache at, is monotone by itself ...
         first = [depths[1] for depths in found]
         assert first == sorted(first)
@@ -508,3 +510,22 @@ def test_a_runtime_tells_its_backend_of_it():
             with pytest.raises(Told):
                 tiny_models.runtime("llama", policy, backend="reference")
         assert seen.pop() == text
+
+
+@pytest.mark.demo_model
+@each_measure
+def test_the_embedded_model_gets_deeper_as_the_threshold_rises(demo, measure):
+    model, tokenizer = demo
+    ids = tokenizer("Photosynthesis is the process by which", return_tensors="pt").input_ids
+    full = d3rt.compile(model, backend="cpu")
+    options = dict(max_new_tokens=24, eos_token_id=None)
+    tokens = full.generate(ids, **options)[:, ids.shape[1] :]
+    processor = schedules.Forced(ids.shape[1], tokens.tolist())
+    found = []
+    for threshold in (0.0, 0.5, 0.9, 0.95, 0.99, 1.01):
+        full.policy = d3rt.CALM(threshold, measure, min_exit=6, exit_interval=6)
+        full.generate(ids, **options, logits_processor=[processor])
+        found.append(full.last_run.depths)
+    assert found == sorted(found) and len(set(found)) > 2
+    assert set(found[0][1:]) == {6} and set(found[-1]) == {30}
+    assert torch.equal(full.generate(ids, **options)[:, ids.shape[1] :], tokens)  # above 1: the same tokens
