@@ -257,7 +257,18 @@ PYBIND11_MODULE(_C, m) {
           [](TensorTape& t, T logits, T x, T norm, T w, float eps) {
             t.record(NormLogits{t.view(logits), t.view(x), t.view(norm), t.matrix(w), eps});
           },
-          py::arg("logits"), py::arg("x"), py::arg("norm"), py::arg("w"), py::arg("eps"));
+          py::arg("logits"), py::arg("x"), py::arg("norm"), py::arg("w"), py::arg("eps"))
+      .def(
+          "copy_hidden", [](TensorTape& t, T out, T x) { t.record(CopyHidden{t.view(out), t.view(x)}); },
+          py::arg("out"), py::arg("x"))
+      .def(
+          "hidden_cosine",
+          [](TensorTape& t, T out, T a, T b) { t.record(HiddenCosine{t.view(out), t.view(a), t.view(b)}); },
+          py::arg("out"), py::arg("a"), py::arg("b"))
+      .def(
+          "top2_margin",
+          [](TensorTape& t, T out, T logits) { t.record(Top2Margin{t.view(out), t.view(logits)}); },
+          py::arg("out"), py::arg("logits"));
 
   m.def(
       "unpack",
@@ -355,6 +366,20 @@ PYBIND11_MODULE(_C, m) {
           },
           py::arg("first_step"), py::arg("seconds"))
       .def("cancel", &Dispatcher::cancel, py::call_guard<py::gil_scoped_release>())
+      .def(
+          "add_ladder",
+          [](Dispatcher& d, const TensorArena& arena, const std::vector<std::pair<int, int>>& rungs, int top,
+             T confidence) {
+            if (!arena.owns(arena.view(confidence)))
+              throw ForeignBuffer("dispatcher: confidence must be registered in the arena");
+            std::vector<Rung> made;
+            for (const auto& [segment, exit] : rungs) made.push_back({segment, exit});
+            return d.add_ladder(std::move(made), top, arena.view(confidence));
+          },
+          py::arg("arena"), py::arg("rungs"), py::arg("top"), py::arg("confidence"),
+          "rungs: (segment, exit), as numbers of programs; top: likewise. Returns the ladder's number.")
+      .def("add_climb", &Dispatcher::add_climb, py::arg("ladder"), py::arg("threshold"))
+      .def_property_readonly("exits", &Dispatcher::exits)
       .def("begin", &Dispatcher::begin)
       .def("step", &Dispatcher::step, py::arg("program"), py::call_guard<py::gil_scoped_release>())
       .def("commit", &Dispatcher::commit, py::arg("tokens"), py::arg("finished"))

@@ -26,7 +26,40 @@ int Dispatcher::add(std::shared_ptr<Tape> tape, std::vector<int> reads, std::vec
   const Turn turn = idle_turn("add a program");
   const int number = add_program({std::move(reads), std::move(fills)});
   tapes_.push_back(std::move(tape));
+  climbs_.emplace_back();
   return number;
+}
+
+int Dispatcher::add_ladder(std::vector<Rung> rungs, int top, TensorView confidence) {
+  const Turn turn = idle_turn("add a ladder");
+  if (rungs.empty()) throw InvalidArgument("dispatcher: a ladder without rungs is a program; add it as one");
+  check_view("dispatcher", "confidence", confidence, DType::f32, {batch()});
+  std::vector<int> parts = {top};
+  for (const Rung& rung : rungs) parts.insert(parts.end(), {rung.segment, rung.exit});
+  for (int number : parts) {
+    program(number);
+    if (!tapes_[static_cast<size_t>(number)])
+      throw InvalidArgument("dispatcher: program " + std::to_string(number) +
+                            " is a climb, so it cannot be a part of a ladder");
+  }
+  ladders_.push_back({std::move(rungs), top, confidence});
+  return static_cast<int>(ladders_.size()) - 1;
+}
+
+int Dispatcher::add_climb(int ladder, double threshold) {
+  const Turn turn = idle_turn("add a climb");
+  if (ladder < 0 || ladder >= static_cast<int>(ladders_.size()))
+    throw InvalidArgument("dispatcher: no ladder " + std::to_string(ladder) + "; there are " +
+                          std::to_string(ladders_.size()));
+  const int number = add_program({});  // each of its parts has the layers that it uses
+  tapes_.push_back(nullptr);
+  climbs_.push_back({ladder, threshold});
+  return number;
+}
+
+std::vector<int> Dispatcher::exits() const {
+  std::lock_guard<std::mutex> lock(exits_mutex_);
+  return exits_;
 }
 
 void Dispatcher::start(RunSpec spec) {
@@ -36,6 +69,11 @@ void Dispatcher::start(RunSpec spec) {
     throw InvalidArgument("dispatcher: a repetition penalty needs the tokens seen by each of the " +
                           std::to_string(batch()) + " slots");
   const size_t steps = spec.programs.size() + 1;
+  {
+    std::lock_guard<std::mutex> lock(exits_mutex_);
+    exits_.clear();
+    exits_.reserve(steps);
+  }
   run(steps, [this, spec = std::move(spec)] { generate(spec); });
 }
 
@@ -63,6 +101,12 @@ void Dispatcher::generate(const RunSpec& spec) {
   }
 }
 
+void Dispatcher::begin() {
+  Loop::begin();
+  std::lock_guard<std::mutex> lock(exits_mutex_);
+  exits_.clear();
+}
+
 void Dispatcher::step(int number) {
   const Turn turn = idle_turn("step");
   replay(number);
@@ -77,6 +121,32 @@ void Dispatcher::commit(const std::vector<int32_t>& tokens, const std::vector<bo
 }
 
 void Dispatcher::replay(int number) {
+  program(number);
+  const Climb& step = climbs_[static_cast<size_t>(number)];
+  int exit = kNoClimb;
+  if (step.ladder == kNoClimb)
+    play(number);
+  else
+    exit = climb(ladders_[static_cast<size_t>(step.ladder)], step.threshold);
+  std::lock_guard<std::mutex> lock(exits_mutex_);
+  exits_.push_back(exit);
+}
+
+int Dispatcher::climb(const Ladder& ladder, double threshold) {
+  int at = 0;
+  for (const Rung& rung : ladder.rungs) {
+    play(rung.segment);
+    if (confident(ladder.confidence, finished_, threshold)) {
+      play(rung.exit);
+      return at;
+    }
+    ++at;
+  }
+  play(ladder.top);
+  return at;
+}
+
+void Dispatcher::play(int number) {
   const LayerUse& use = program(number);
   kv_.check_holes(use);
   tapes_[static_cast<size_t>(number)]->replay();

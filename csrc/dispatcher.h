@@ -1,11 +1,13 @@
 // Dispatcher: the whole decode loop on the CPU. For step i it takes the recorded step (tape) that the
 // schedule names, checks that it reads no hole, replays it, samples, tests for EOS, logs the token and
-// advances.
+// advances. A step may also be a climb: tapes one after the other, until one is confident (ladder.h).
 #pragma once
 
 #include <memory>
+#include <mutex>
 #include <vector>
 
+#include "ladder.h"
 #include "loop.h"
 #include "sampler.h"
 #include "tape.h"
@@ -34,23 +36,46 @@ class Dispatcher : public Loop {
   // writes.
   int add(std::shared_ptr<Tape> tape, std::vector<int> reads, std::vector<int> fills);
 
+  // Adds a ladder of programs that are there already; returns its number. confidence: [B] float32, which
+  // their tapes write.
+  int add_ladder(std::vector<Rung> rungs, int top, TensorView confidence);
+  // Adds a program that climbs that ladder, and ends at the first rung whose confidence reaches the
+  // threshold; returns its number.
+  int add_climb(int ladder, double threshold);
+  // Of each step that was replayed since `start` or `begin`: the rung where a climb ended, as many as there
+  // are for the top, and kNoClimb for a step that was none.
+  std::vector<int> exits() const;
+  static constexpr int kNoClimb = -1;
+
   // Starts a generation on the dispatcher's thread: samples step 0 from the logits, then runs the schedule.
   void start(RunSpec spec);
 
   // The same loop, driven from outside (custom logits processors): begin once, then for each step replay it
   // (step 0 has nothing to replay), choose tokens from the logits, and commit them.
+  void begin();
   void step(int program);
   void commit(const std::vector<int32_t>& tokens, const std::vector<bool>& finished);
 
  private:
   void generate(const RunSpec& spec);
+  // One step: a recorded one, or a climb.
   void replay(int number);
+  void play(int number);
+  int climb(const Ladder& ladder, double threshold);
   void advance(const std::vector<int32_t>& tokens, const std::vector<bool>& finished);
 
   TensorView token_, logits_;
   const cpu::Kernels& kernels_;
   int64_t vocab_size_;
-  std::vector<std::shared_ptr<Tape>> tapes_;  // by program number
+  struct Climb {
+    int ladder = kNoClimb;
+    double threshold = 0;
+  };
+  std::vector<std::shared_ptr<Tape>> tapes_;  // by program number; null for a climb
+  std::vector<Climb> climbs_;                 // by program number
+  std::vector<Ladder> ladders_;
+  mutable std::mutex exits_mutex_;
+  std::vector<int> exits_;
 };
 
 }  // namespace d3rt

@@ -373,6 +373,41 @@ Node bind(const NormLogits& op, const Arena& arena, const cpu::Kernels& kernels,
   return node("norm_logits", 1, num_threads * norm_scratch(B, D), kernels.norm_logits, args);
 }
 
+Node bind(const CopyHidden& op, const Arena& arena, const cpu::Kernels& kernels, int) {
+  const Binder to("copy_hidden", arena);
+  const int64_t B = to.batch(op.x);
+  cpu::CopyHiddenArgs args{};
+  args.x = to.f32("x", op.x, {B, -1});
+  args.out = to.f32("out", op.out, {B, op.x.size(1)});
+  args.B = static_cast<int>(B);
+  args.D = static_cast<int>(op.x.size(1));
+  return node("copy_hidden", 1, 0, kernels.copy_hidden, args);
+}
+
+Node bind(const HiddenCosine& op, const Arena& arena, const cpu::Kernels& kernels, int) {
+  const Binder to("hidden_cosine", arena);
+  const int64_t B = to.batch(op.a);
+  cpu::HiddenCosineArgs args{};
+  args.a = to.f32("a", op.a, {B, -1});
+  args.b = to.f32("b", op.b, {B, op.a.size(1)});
+  args.out = to.f32("out", op.out, {B});
+  args.B = static_cast<int>(B);
+  args.D = static_cast<int>(op.a.size(1));
+  return node("hidden_cosine", 1, 0, kernels.hidden_cosine, args);
+}
+
+Node bind(const Top2Margin& op, const Arena& arena, const cpu::Kernels& kernels, int) {
+  const Binder to("top2_margin", arena);
+  const int64_t B = to.batch(op.logits);
+  cpu::Top2MarginArgs args{};
+  args.logits = to.f32("logits", op.logits, {B, -1});
+  args.out = to.f32("out", op.out, {B});
+  args.B = static_cast<int>(B);
+  args.V = op.logits.size(1);
+  const int64_t chunks = (args.V + cpu::kMarginChunk - 1) / cpu::kMarginChunk;
+  return node("top2_margin", 2, 3 * B * chunks, kernels.top2_margin, args);
+}
+
 Node bind(const Linear& op, const Arena& arena, const cpu::Kernels& kernels, int) {
   const Binder to("linear", arena);
   cpu::LinearArgs args{};

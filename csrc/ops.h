@@ -48,7 +48,7 @@ struct NormQkvRope {
   TensorView cos, sin;          // [S, d/2]
   TensorView pos;               // [B] int32
   float eps = 0;
-  TensorView lines;  // [] [B] int32; then the caches are [lines, G, S, d]
+  TensorView lines = {};  // [] [B] int32; then the caches are [lines, G, S, d]
 };
 
 // out = softmax(scale q K^T) V over positions max(0, pos + 1 - window) .. pos
@@ -58,8 +58,8 @@ struct Attention {
   TensorView k_cache, v_cache;  // [B, G, S, d]
   TensorView pos;               // [B] int32
   float scale = 0;
-  int64_t window = 0;  // 0: no window
-  TensorView lines;    // [] [B] int32; then the caches are [lines, G, S, d]
+  int64_t window = 0;     // 0: no window
+  TensorView lines = {};  // [] [B] int32; then the caches are [lines, G, S, d]
 };
 
 // x += a W^T + b
@@ -94,15 +94,15 @@ struct KvFill {
   TensorView cos, sin;  // [S, d/2]
   TensorView pos;       // [B] int32
   float eps = 0;
-  TensorView lines;  // [] [B] int32; then the caches are [lines, G, S, d]
+  TensorView lines = {};  // [] [B] int32; then the caches are [lines, G, S, d]
 };
 
 // hidden[pos] = x: what a kv_fill of these positions will start from
 struct KeepHidden {
-  TensorView hidden;  // [B, S, D] float32, bfloat16 or float16, out, at pos
-  TensorView x;       // [B, D]
-  TensorView pos;     // [B] int32
-  TensorView lines;   // [] [B] int32; then hidden is [lines, S, D]
+  TensorView hidden;      // [B, S, D] float32, bfloat16 or float16, out, at pos
+  TensorView x;           // [B, D]
+  TensorView pos;         // [B] int32
+  TensorView lines = {};  // [] [B] int32; then hidden is [lines, S, D]
 };
 
 // logits = RMSNorm(x) W^T
@@ -112,6 +112,24 @@ struct NormLogits {
   TensorView norm;    // [D]
   MatrixView w;       // [V, D] W
   float eps = 0;
+};
+
+// out = x: a hidden state as it is before it changes
+struct CopyHidden {
+  TensorView out;  // [B, D] out
+  TensorView x;    // [B, D]
+};
+
+// out = cosine of the angle between a and b
+struct HiddenCosine {
+  TensorView out;   // [B] out
+  TensorView a, b;  // [B, D]
+};
+
+// out = p1 - p2, the two largest of softmax(logits)
+struct Top2Margin {
+  TensorView out;     // [B] out
+  TensorView logits;  // [B, V]
 };
 
 // out = a W^T for the tokens of a prefill; W packed
@@ -171,6 +189,9 @@ Node bind(const NormGateUp&, const Arena&, const cpu::Kernels&, int num_threads)
 Node bind(const KvFill&, const Arena&, const cpu::Kernels&, int num_threads);
 Node bind(const KeepHidden&, const Arena&, const cpu::Kernels&, int num_threads);
 Node bind(const NormLogits&, const Arena&, const cpu::Kernels&, int num_threads);
+Node bind(const CopyHidden&, const Arena&, const cpu::Kernels&, int num_threads);
+Node bind(const HiddenCosine&, const Arena&, const cpu::Kernels&, int num_threads);
+Node bind(const Top2Margin&, const Arena&, const cpu::Kernels&, int num_threads);
 Node bind(const Linear&, const Arena&, const cpu::Kernels&, int num_threads);
 Node bind(const Unpack&, const Arena&, const cpu::Kernels&, int num_threads);
 

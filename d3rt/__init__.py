@@ -22,6 +22,7 @@ from d3rt.errors import (
     UnsupportedOptionError,
 )
 from d3rt.policies import (
+    CALM,
     D3,
     FullDepth,
     LayerSchedule,
@@ -58,6 +59,7 @@ _LAZY = {
 }
 
 __all__ = [
+    "CALM",
     "D3",
     "BackendUnavailableError",
     "D3rtError",

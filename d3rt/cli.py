@@ -199,10 +199,7 @@ def policy(
     """Show a policy's schedule: which layers run at which token. Loads no model."""
     schedule = parse(text, num_layers=layers).schedule(layers, tokens)
     typer.echo(str(schedule))
-    filling = sum(bool(plan.fill_layers) for plan in schedule.plans())
-    typer.echo(
-        f"K,V of skipped layers: {f'filled at {filling} steps' if filling else 'never read again, so never filled'}"
-    )
+    typer.echo(f"K,V of skipped layers: {schedule.fill_words}")
     if plot is not None:
         from d3rt.plots import plot_schedule
 

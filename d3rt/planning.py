@@ -22,7 +22,7 @@ from d3rt.gpus import GPUS, Gpu
 from d3rt.models.loading import load_config
 from d3rt.nodes import Outline, packed_tile
 from d3rt.plan import LayerSet, Plan
-from d3rt.policies import D3, Policy, parse
+from d3rt.policies import D3, EarlyExit, Policy, parse
 from d3rt.quantize import FORMATS, Widths
 from d3rt.roofline import (
     STATUS,
@@ -125,6 +125,12 @@ def forecast(
         )
     layers = config.num_hidden_layers
     chosen = parse(policy, num_layers=layers) if isinstance(policy, str) else policy
+    if isinstance(chosen, EarlyExit):
+        raise UnsupportedOptionError(
+            f"policy {str(chosen)!r}: it decides the depth while a step runs, so there is no schedule to model a time "
+            "from, and the cuda backend does not run it; choose a policy with a schedule, such as "
+            "'d3:alpha=0.998,start=0.5'."
+        )
     plans = chosen.schedule(layers, tokens).plans()
     full = [Plan.of(LayerSet.full(layers))] * tokens
 

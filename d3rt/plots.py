@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from d3rt.plan import parse_ranges
-from d3rt.policies import Schedule
+from d3rt.policies import ExitSchedule, Schedule
 
 if TYPE_CHECKING:
     from d3rt.result import GenerationStats
@@ -36,6 +36,8 @@ def plot_schedule(schedule: Schedule, path: str | os.PathLike[str]) -> Path:
     _draw_depth(depth, [one.depth for one in sets], schedule.num_layers)
     count = len(schedule.distinct)
     kind = f"{count} distinct layer set{'' if count == 1 else 's'}, {'' if schedule.nested else 'not '}nested"
+    if isinstance(schedule, ExitSchedule):
+        kind = "at most; where a step ends is decided while it runs"
     figure.suptitle(
         f"{schedule.policy}: {kind}",
         x=0.02,

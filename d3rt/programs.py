@@ -1,25 +1,30 @@
 """Rows: the buffers, the dispatcher and the recorded steps of a runtime for one number of rows.
 
-A step is recorded when a plan is first asked for, and has a number by which the dispatcher knows it. Which plans there
-are is up to the policy; what a step does is models/decoder.py; what recording means is up to the backend.
+A step is recorded when a plan is first asked for, and has a number by which the dispatcher knows it; one whose depth is
+decided while it runs is a Climb, recorded in parts (ladder.py). Which plans there are is up to the policy; what a step
+does is models/decoder.py; what recording means is up to the backend.
 """
 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
 
-from d3rt.backends.base import Backend
+from d3rt.backends.base import Backend, Built
 from d3rt.kv_cache import KVCache
-from d3rt.models.decoder import Decoder, StepBuffers
+from d3rt.ladder import Ladders, Outcome
+from d3rt.models.decoder import Decoder, StepBuffers, nbytes
 from d3rt.plan import Plan
+from d3rt.policies.early_exit import Climb
 
 
 @dataclass(frozen=True)
 class ProgramInfo:
-    """One recorded step, as `Runtime.programs()` lists it."""
+    """One recorded step, as `Runtime.programs()` lists it; with a policy that decides while it runs, one way through
+    the recorded parts of a step."""
 
     plan: Plan
     rows: int
@@ -56,10 +61,42 @@ class Rows:
         self.first_logits = backend.record(lambda ops: decoder.project_logits(ops, buf))
         self._backend, self._decoder = backend, decoder
         self.numbers: dict[Plan, int] = {}
-        self.replays: Counter[Plan] = Counter()
+        self.ladders = Ladders(backend, decoder, buf, self.loop)
+        self.replays: Counter[Plan | Outcome] = Counter()
 
-    def number(self, plan: Plan) -> int:
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all buffers that are its own."""
+        return self.buffers.nbytes + self.ladders.nbytes
+
+    def recorded(self) -> Iterator[tuple[Plan | Outcome, Built]]:
+        """Every step that can be replayed, and how."""
+        for plan, number in self.numbers.items():
+            yield plan, self.loop.built(number)
+        for ladder in self.ladders:
+            for outcome in ladder.outcomes:
+                yield outcome, self.loop.built(ladder.top)
+
+    def weight_bytes(self, step: Plan | Outcome) -> int:
+        """Weight bytes that one such step reads: layers, fills, and the lm_head as often as it was read."""
+        if isinstance(step, Plan):
+            return self._decoder.step_bytes(step)
+        weights = self._decoder.weights
+        tested = (step.heads - 1) * nbytes([weights.lm_head, weights.norm])
+        return self._decoder.step_bytes(step.plan) + tested
+
+    def ran(self, steps: Sequence[Plan | Climb]) -> list[Plan | Outcome]:
+        """What the generation that ended last did at each of these steps, of which the first is the prefill."""
+        exits = self.loop.exits if any(isinstance(step, Climb) for step in steps) else ()
+        return [
+            self.ladders.of(step).outcomes[exits[i - 1]] if isinstance(step, Climb) else step
+            for i, step in enumerate(steps)
+        ]
+
+    def number(self, plan: Plan | Climb) -> int:
         """The dispatcher's number of this plan's program, recorded on first use."""
+        if isinstance(plan, Climb):
+            return self.ladders.of(plan).number(plan.threshold)
         if plan not in self.numbers:
             decoder, buf = self._decoder, self.buffers
             if new := buf.keep(plan.num_gaps):

@@ -40,7 +40,7 @@ from d3rt.models.family import EMBED, LM_HEAD
 from d3rt.models.loading import open_model
 from d3rt.models.source import SharedModule, Source, parameters
 from d3rt.plan import LayerSet, Plan
-from d3rt.policies import FullDepth, Policy, parse
+from d3rt.policies import EarlyExit, FullDepth, Policy, parse
 from d3rt.policies.base import KV_FILLS
 from d3rt.programs import ProgramInfo, Rows
 from d3rt.quantize import Width, Widths, width_bytes
@@ -92,7 +92,8 @@ def compile(
     kv_fill: what becomes of the K,V of a skipped layer, beside what a later step of the same generation reads, which is
         always written at once. "eager" writes it at every step, from the last computed hidden state. "deferred" keeps
         that hidden state, and writes K,V when a session's next turn first reads it. "recompute" does nothing, and the
-        next turn runs these tokens through all layers: exact. "auto" is "recompute". See `session`.
+        next turn runs these tokens through all layers: exact. "auto" is "recompute". See `session`. A policy
+        that decides the depth while it runs (CALM) is always "eager".
     tokenizer: for `stream` with text; found by itself when `model` is a path.
 
     Raises UnsupportedModelError, PolicyError, BackendUnavailableError or ValueError before any work starts.
@@ -236,6 +237,7 @@ class Runtime:
             + self._hidden_bytes(),
             buffers=buffer_bytes(c, self.batch_size, self.max_seq_len),
             prefill=self._prefill_bytes(),
+            early_exit=str(self.policy) if isinstance(self.policy, EarlyExit) else None,
             unpacked=max(
                 (
                     shapes[name].numel()
@@ -434,7 +436,13 @@ class Runtime:
                 f"{length} prompt tokens and {request.max_new_tokens} new ones exceed max_seq_len={max_seq_len}; "
                 "lower max_new_tokens, or serve_batch(max_seq_len=...)."
             )
-        return request, self._plans(request, self._checked_policy(policy), "auto")
+        policy = self._checked_policy(policy)
+        if isinstance(policy, EarlyExit):
+            raise UnsupportedOptionError(
+                f"policy={str(policy)!r}: the layers of a serve_batch's rows must be known before a step; generate "
+                "ends steps early, for a whole batch."
+            )
+        return request, self._plans(request, policy, "auto")
 
     def load_session(self, path: str | os.PathLike[str]) -> Session:
         """The conversation that Session.save wrote to a file. ModelNotFoundError when there is none,
@@ -632,13 +640,13 @@ class Runtime:
         self, request, plans, rows: Rows, prefill_seconds: float, step_seconds: Sequence[float]
     ) -> None:
         """last_run and the replay counts, from the steps that really ran."""
-        ran = plans[: len(step_seconds)]
+        ran = rows.ran(plans[: len(step_seconds)])
         if not ran:
             return
         rows.replays.update(ran[1:])
         layers = self.config.num_hidden_layers
         head = nbytes([self._decoder.weights.lm_head, self._decoder.weights.norm])
-        bytes_of = {plan: self._decoder.step_bytes(plan) for plan in set(ran[1:])}
+        bytes_of = {plan: rows.weight_bytes(plan) for plan in set(ran[1:])}
         text = {plan: str(plan.layer_set) for plan in set(ran)}
         lengths = [len(prompt) for prompt in request.prompts]
         self.last_run = GenerationStats(
@@ -721,28 +729,28 @@ class Runtime:
                 do_sample=bool(defaults.do_sample), repetition_penalty=defaults.repetition_penalty or 1.0
             )
             kept.loop.prepare(numbers, sampling, ())
-        return len(kept.numbers)
+        return sum(1 for _ in kept.recorded())
 
     def programs(self) -> list[ProgramInfo]:
         """Every recorded step: one for each distinct plan and number of rows."""
         return [
             ProgramInfo(
-                plan=plan,
+                plan=step if isinstance(step, Plan) else step.plan,
                 rows=count,
-                depth=plan.layer_set.depth,
-                weight_bytes=self._decoder.step_bytes(plan),
-                replays=rows.replays[plan],
-                mode=(built := rows.loop.built(rows.numbers[plan])).mode,
+                depth=step.layer_set.depth,
+                weight_bytes=rows.weight_bytes(step),
+                replays=rows.replays[step],
+                mode=built.mode,
                 device_bytes=built.device_bytes,
             )
             for count, rows in self._rows.items()
-            for plan in rows.numbers
+            for step, built in rows.recorded()
         ]
 
     def memory(self) -> MemoryReport:
         """Bytes held, and the most that will be."""
         weights = nbytes(self._decoder.weights.tensors())
-        buffers = nbytes(self._rope) + sum(rows.buffers.nbytes for rows in self._rows.values())
+        buffers = nbytes(self._rope) + sum(rows.nbytes for rows in self._rows.values())
         return MemoryReport(
             shared_weights=self._shared_bytes,
             own_weights=weights - self._shared_bytes,

@@ -32,6 +32,7 @@ from d3rt.generation import Request, resolve
 from d3rt.kv_cache import Line
 from d3rt.plan import Action, LayerSet, Plan
 from d3rt.policies import Policy
+from d3rt.policies.early_exit import Climb
 from d3rt.programs import Rows
 from d3rt.result import GenerationStats
 
@@ -200,7 +201,7 @@ class Session:
         return [*([] if whole else self.ids), *map(int, prompt)], None
 
     def _run(
-        self, request: Request, plans: Sequence[Plan], messages: list[dict] | None, streaming: bool
+        self, request: Request, plans: Sequence[Plan | Climb], messages: list[dict] | None, streaming: bool
     ) -> Iterator[Any]:
         runtime = self._runtime
         text = Detokenizer(runtime.tokenizer) if streaming and runtime.tokenizer is not None else None
@@ -254,7 +255,7 @@ class Session:
         turn.repair_seconds = time.perf_counter() - begin
         cached.truncate(turn.start)
         runtime._prefill(prompts, layers, rows, [turn.start])
-        turn.was_read = True
+        turn.rows = rows
 
     def _usable(self, turn: _Reading, layers: LayerSet):
         """How many positions are used as they are once the fills are done, and the fills."""
@@ -271,12 +272,14 @@ class Session:
 
     def _keep(self, turn: _Reading, ids: list[int], new: list[int], messages: list[dict] | None) -> None:
         """The turn has ended with these new tokens: the conversation and the cache go on from here."""
-        if not new or not turn.was_read:  # closed before the first token
+        if not new or turn.rows is None:  # closed before the first token
             return self._forget(turn)
         runtime, cached = self._runtime, self._cached
         # Every token was consumed but the last one.
         tokens = [*ids[turn.start :], *new[:-1]]
-        plans = [turn.plans[0]] * (len(ids) - turn.start) + list(turn.plans[1 : len(new)])
+        # What a step did that decides its depth while it runs, is known now.
+        ran = [getattr(step, "plan", step) for step in turn.rows.ran(turn.plans[: len(new)])]
+        plans = [ran[0]] * (len(ids) - turn.start) + ran[1:]
         cached.append(tokens, plans)
         runtime._cache.truncate(LINE, len(cached))
         shared = _shared(self.ids, ids)
@@ -488,12 +491,12 @@ class _Mismatch(Exception):
 class _Reading:
     """What a turn has found and done so far."""
 
-    plans: Sequence[Plan]
+    plans: Sequence[Plan | Climb]
     shared: int = 0  # tokens at the start that were cached
     start: int | None = None  # where reading began; None before anything was changed
     filled: int = 0
     repair_seconds: float = 0.0
-    was_read: bool = False
+    rows: Rows | None = None  # what the prompt was read with, once it was
 
 
 def _shortened(line: Line, length: int) -> Line:

@@ -27,6 +27,9 @@ OPS = (
     *("embed", "norm_qkv_rope", "attention", "proj_add", "norm_gate_up", "kv_fill", "keep_hidden"),
     "norm_logits",
 )
+# Of early exit, which kernels/cuda does not have.
+EXIT_OPS = ("copy_hidden", "hidden_cosine", "top2_margin")
+ALL_OPS = (*OPS, *EXIT_OPS)
 
 
 @dataclass(frozen=True)
@@ -109,6 +112,7 @@ def outputs(case: Case, arguments: dict[str, Any]) -> dict[str, Tensor]:
         "keep_hidden": ["hidden"],
         "kv_fill": [f"layers[{i}].{part}" for i in range(case.layers) for part in ("k_cache", "v_cache")],
         "norm_logits": ["logits"],
+        **{op: ["out"] for op in EXIT_OPS},
     }[case.op]
     found = dict(tensors(arguments))
     written = {name: found[name][owned(case, name)].clone() for name in names}
@@ -160,7 +164,11 @@ def bytes_moved(case: Case) -> int:
         return x + case.B * case.D * kept
     if case.op == "norm_logits":
         return case.V * case.D * kept + case.D * 4 + x + case.B * case.V * 4
-    raise ValueError(f"op {case.op!r}: choose one of {', '.join(OPS)}")
+    if case.op in ("copy_hidden", "hidden_cosine"):
+        return 2 * x + (case.B * 4 if case.op == "hidden_cosine" else 0)
+    if case.op == "top2_margin":
+        return case.B * (case.V + 1) * 4
+    raise ValueError(f"op {case.op!r}: choose one of {', '.join(ALL_OPS)}")
 
 
 class _Maker:
@@ -333,6 +341,26 @@ class _Maker:
             "eps": EPS,
         }
 
+    def copy_hidden(self) -> dict[str, Any]:
+        case = self.case
+        return {"out": self.poisoned(case.B, case.D), "x": self.activation(case.B, case.D)}
+
+    def hidden_cosine(self) -> dict[str, Any]:
+        """A state and what a layer makes of it: cosines near 0.9. Of unrelated states they would be near 0, and their
+        rounding errors not small beside them."""
+        case = self.case
+        before = self.random(case.B, case.D)
+        after = before + 0.5 * self.random(case.B, case.D)
+        return {"out": self.poisoned(case.B), "a": self.place(before), "b": self.place(after)}
+
+    def top2_margin(self) -> dict[str, Any]:
+        """One token leads clearly in each row, the first and the last among them."""
+        case = self.case
+        logits = self.random(case.B, case.V)
+        for slot in range(case.B):
+            logits[slot, (case.V - 1) * slot // max(case.B - 1, 1)] += 8.0
+        return {"out": self.poisoned(case.B), "logits": self.place(logits)}
+
 
 def _spread(batch: int, length: int) -> tuple[int, ...]:
     """Positions of a batch: the first and the last there are, and some between."""
@@ -375,7 +403,28 @@ def _test_cases() -> dict[str, list[Case]]:
     def logits(name: str, **sizes: Any) -> Case:
         return Case("norm_logits", name, _ANY, **sizes)
 
+    def of(op: str, *sizes: tuple[str, dict[str, int]]) -> list[Case]:
+        return [Case(op, name, torch.float32, **each) for name, each in sizes]
+
+    states = (
+        ("one", dict(D=1)),
+        ("odd", dict(D=67, B=3)),
+        ("full_batch", dict(D=130, B=16)),
+        ("long_rows", dict(D=5003, B=2)),
+    )
     return {
+        "copy_hidden": of("copy_hidden", *states),
+        "hidden_cosine": of("hidden_cosine", *states),
+        "top2_margin": of(
+            "top2_margin",
+            ("one", dict(V=1)),
+            ("two", dict(V=2, B=2)),
+            ("odd", dict(V=131, B=3)),
+            ("full_batch", dict(V=67, B=16)),
+            ("chunk_full", dict(V=4096)),
+            ("chunk_over", dict(V=4097, B=2)),
+            ("many_rows", dict(V=13007, B=3)),
+        ),
         "embed": _both(
             [
                 embed("one", D=1, V=1),
@@ -498,7 +547,7 @@ TIMED_FILL_LAYERS = 4
 
 def _timed_cases() -> dict[str, list[Case]]:
     """What a decode step of each model runs, by op."""
-    cases: dict[str, list[Case]] = {op: [] for op in OPS}
+    cases: dict[str, list[Case]] = {op: [] for op in ALL_OPS}
     for m in MODEL_SHAPES:
         for B in TIMED_BATCHES:
             cached = {"S": TIMED_LENGTH, "pos": (TIMED_LENGTH - 1,) * B}
@@ -516,6 +565,9 @@ def _timed_cases() -> dict[str, list[Case]]:
             ]
             for case in of_model:
                 cases[case.op] += _both([case])
+            for op in ("copy_hidden", "hidden_cosine"):
+                cases[op].append(Case(op, m.name, torch.float32, B=B, D=m.D))
+            cases["top2_margin"].append(Case("top2_margin", m.name, torch.float32, B=B, V=m.V))
             cases["attention"].append(
                 Case("attention", m.name, torch.float32, B=B, int8_cache=True, **heads, **cached)
             )

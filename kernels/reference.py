@@ -180,6 +180,31 @@ def norm_logits(logits: Tensor, x: Tensor, norm: Tensor, w: Tensor, eps: float) 
     logits.copy_(linear(rms_norm(x, norm, eps), w))
 
 
+def copy_hidden(out: Tensor, x: Tensor) -> None:
+    """out [B, D] = x [B, D]: a hidden state as it is before it changes."""
+    out.copy_(x)
+
+
+def hidden_cosine(out: Tensor, a: Tensor, b: Tensor) -> None:
+    """out [B] = the cosine of the angle between a and b [B, D], in [-1, 1]: the "state" confidence of early exit
+    (CALM, arXiv 2207.07061), a and b being the hidden state before and after a layer. 0 where one of them is 0."""
+    norms = (a.square().sum(-1).sqrt() * b.square().sum(-1).sqrt()).clamp(min=1e-30)
+    out.copy_(((a * b).sum(-1) / norms).clamp(-1, 1))
+
+
+def top2_margin(out: Tensor, logits: Tensor) -> None:
+    """out [B] = largest less second largest probability of softmax(logits [B, V]), in [0, 1]: the "softmax" confidence
+    of early exit (CALM, arXiv 2207.07061). NaN where there is no distribution; 1 where V is 1."""
+    top = torch.softmax(logits, dim=-1).topk(min(2, logits.shape[-1]), dim=-1).values
+    out.copy_(top[:, 0] - top[:, 1:].sum(-1))
+
+
+def confident(confidence: Tensor, finished: Tensor, threshold: float) -> bool:
+    """Whether a step may end: each slot's confidence [B], but those of slots that have finished, is at least the
+    threshold. Always at a threshold of 0 or less; never by a NaN."""
+    return threshold <= 0 or bool((finished | (confidence.double() >= threshold)).all())
+
+
 def philox_uniform(seed: int, step: int, slot: int) -> float:
     """Philox4x32-10 (Salmon et al. 2011), key = seed, counter = (step, slot, 0, 0), as a double in [0, 1)."""
     counter, key = [step, slot, 0, 0], [seed & 0xFFFFFFFF, seed >> 32 & 0xFFFFFFFF]

@@ -31,6 +31,7 @@ FLOORS = {
         "d3rt.memory",
         "d3rt.detokenizer",
         "d3rt.nodes",
+        "d3rt.ladder",
         "d3rt.programs",
         "d3rt.storage",
         "d3rt.cached_sequence",

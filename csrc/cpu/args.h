@@ -146,6 +146,30 @@ struct NormLogitsArgs {
   int B, D;
 };
 
+struct CopyHiddenArgs {
+  float* out;      // [B, D]
+  const float* x;  // [B, D]
+  int B, D;
+};
+
+struct HiddenCosineArgs {
+  float* out;      // [B]
+  const float* a;  // [B, D]
+  const float* b;  // [B, D]
+  int B, D;
+};
+// What stands for the product of the two lengths where that is less: no direction is like that of zeros.
+constexpr float kSmallestNorms = 1e-30f;
+
+struct Top2MarginArgs {
+  float* out;           // [B]
+  const float* logits;  // [B, V]
+  int B;
+  int64_t V;
+};
+// Logits that one unit of top2_margin covers. Fixed, so that results do not depend on the thread count.
+constexpr int64_t kMarginChunk = 4096;
+
 struct LinearArgs {
   float* out;      // [T, rows]
   const float* a;  // [T, cols]
@@ -182,6 +206,9 @@ struct Kernels {
   Kernel<KvFillArgs> kv_fill;
   Kernel<KeepHiddenArgs> keep_hidden;
   Kernel<NormLogitsArgs> norm_logits;
+  Kernel<CopyHiddenArgs> copy_hidden;
+  Kernel<HiddenCosineArgs> hidden_cosine;
+  Kernel<Top2MarginArgs> top2_margin;
   Kernel<LinearArgs> linear;
   Kernel<UnpackArgs> unpack;
   // Lowest index of the maximum of values[n]; -1 if one of them is NaN or none is above -inf.

@@ -2,6 +2,7 @@
 // -DD3RT_ISA=<name> -DD3RT_ISA_<name>; a new kernel is a header beside this file and a line here and in
 // args.h.
 #include "attention.h"
+#include "confidence.h"
 #include "embed.h"
 #include "keep_hidden.h"
 #include "kv_fill.h"
@@ -22,6 +23,7 @@ namespace d3rt::cpu {
 const Kernels D3RT_JOIN(kernels_, D3RT_ISA) = {
     D3RT_TEXT(D3RT_ISA),   D3RT_ISA::embed,        D3RT_ISA::norm_qkv_rope, D3RT_ISA::attention,
     D3RT_ISA::proj_add,    D3RT_ISA::norm_gate_up, D3RT_ISA::kv_fill,       D3RT_ISA::keep_hidden,
-    D3RT_ISA::norm_logits, D3RT_ISA::linear,       D3RT_ISA::unpack,        D3RT_ISA::argmax};
+    D3RT_ISA::norm_logits, D3RT_ISA::copy_hidden,  D3RT_ISA::hidden_cosine, D3RT_ISA::top2_margin,
+    D3RT_ISA::linear,      D3RT_ISA::unpack,       D3RT_ISA::argmax};
 
 }  // namespace d3rt::cpu

@@ -228,6 +228,7 @@ D3RT_INLINE Vec add(Vec a, Vec b) { return {a.v + b.v}; }
 D3RT_INLINE Vec mul(Vec a, Vec b) { return {a.v * b.v}; }
 D3RT_INLINE Vec div(Vec a, Vec b) { return {a.v / b.v}; }
 D3RT_INLINE Vec max(Vec a, Vec b) { return {a.v > b.v ? a.v : b.v}; }
+D3RT_INLINE Vec min(Vec a, Vec b) { return {a.v < b.v ? a.v : b.v}; }
 D3RT_INLINE Vec fma(Vec a, Vec b, Vec c) { return {a.v * b.v + c.v}; }
 D3RT_INLINE float sum(Vec a) { return a.v; }
 D3RT_INLINE void sum4(Vec a, Vec b, Vec c, Vec d, float* out) {

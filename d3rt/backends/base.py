@@ -67,6 +67,7 @@ class Needs:
     buffers: int
     prefill: int
     unpacked: int = 0
+    early_exit: str | None = None  # the text of a policy that decides the depth while a step runs
 
 
 @dataclass(frozen=True)
@@ -99,6 +100,20 @@ class Loop(Protocol):
 
     preparing_keeps_cache: bool
     """Whether `prepare` leaves the cache as it is."""
+
+    def add_ladder(self, rungs: Sequence[tuple[int, int]], top: int, confidence: Tensor) -> int:
+        """Adds the parts of a step whose depth is decided while it runs; see csrc/ladder.h. rungs: (segment, exit), by
+        their numbers; confidence: float32 [B], which each segment writes. UnsupportedOptionError where it
+        cannot be done."""
+
+    def add_climb(self, ladder: int, threshold: float) -> int:
+        """Adds a step that climbs the ladder and ends at the first confidence of at least `threshold`; its number is a
+        program's."""
+
+    @property
+    def exits(self) -> list[int]:
+        """Of each step that was replayed since `start` or `begin`: the rung where a climb ended, as many as there are
+        for the top; -1 for a step that was no climb."""
 
     def built(self, program: int) -> Built:
         """What has been built of it so far."""

@@ -41,14 +41,14 @@ _GEMM_FLAGS = {
 
 
 class CpuLoop:
-    """csrc's Dispatcher; only `start` differs, in how it is given its parameters."""
+    """csrc's Dispatcher; `start` and `add_ladder` differ, in how they are given their parameters."""
 
     preparing_keeps_cache = True
 
-    def __init__(self, dispatcher: Any, pos: Tensor):
-        self._dispatcher = dispatcher
+    def __init__(self, dispatcher: Any, arena: Any, pos: Tensor):
+        self._dispatcher, self._arena = dispatcher, arena
         self.pos = pos
-        for name in ("add", "wait", "read", "cancel", "begin", "step", "commit"):
+        for name in ("add", "add_climb", "wait", "read", "cancel", "begin", "step", "commit"):
             setattr(self, name, getattr(dispatcher, name))
 
     def start(self, *, programs, eos_tokens, pad_token, sampling: SamplingParams, seen) -> None:
@@ -59,6 +59,13 @@ class CpuLoop:
             sampling=native().SamplingParams(**asdict(sampling)),
             seen=seen,
         )
+
+    def add_ladder(self, rungs, top, confidence) -> int:
+        return self._dispatcher.add_ladder(self._arena, rungs, top, confidence)
+
+    @property
+    def exits(self) -> list[int]:
+        return self._dispatcher.exits
 
     def prepare(self, programs, sampling, eos_tokens) -> None:
         """A tape is all there is to build."""
@@ -139,7 +146,8 @@ class CpuBackend:
         return 0 if w.dtype in self._gemm_dtypes else 4 * w.numel()
 
     def loop(self, token, pos, logits, filled) -> CpuLoop:
-        return CpuLoop(native().Dispatcher(self._arena, token, pos, logits, filled), pos)
+        dispatcher = native().Dispatcher(self._arena, token, pos, logits, filled)
+        return CpuLoop(dispatcher, self._arena, pos)
 
     def admit(self, needs: Needs) -> None:
         """Everything that compile takes runs here, and memory is taken only as it is written."""

@@ -20,7 +20,7 @@ from torch import Tensor
 from d3rt.backends.base import Needs
 from d3rt.backends.cores import usable_cores
 from d3rt.backends.cuda_device import Found, TorchStream
-from d3rt.backends.cuda_loop import CudaLoop
+from d3rt.backends.cuda_loop import CudaLoop, refuse_early_exit
 from d3rt.backends.cuda_prefill import UNPACKED_BYTES, CudaPrefill, flash_attention
 from d3rt.backends.cuda_record import Kernels, Recorded, Recorder, Working
 from d3rt.backends.cuda_steps import Launcher, StepBuilder, triton_launcher
@@ -81,6 +81,8 @@ class CudaBackend:
         return self._working.nbytes + sum(step.bytes for loop in self._loops for step in loop.steps)
 
     def admit(self, needs: Needs) -> None:
+        if needs.early_exit is not None:
+            refuse_early_exit(f"policy {needs.early_exit!r}")
         if needs.cache_dtype not in (torch.float32, torch.float16, torch.bfloat16):
             raise UnsupportedOptionError(
                 "kv_cache_dtype='int8': the CUDA kernels have no int8 K,V cache; choose float16 or bfloat16, or "

@@ -8,7 +8,7 @@ programs wait to be built until it is known what they will be used for.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from d3rt.backends.base import Built
 from d3rt.backends.cuda_record import Recorded, progress
 from d3rt.backends.cuda_slots import RING, Kind, SlotBuffers
 from d3rt.backends.cuda_steps import BuiltStep
+from d3rt.errors import UnsupportedOptionError
 from d3rt.kernels.cuda.plans import sampling_settings
 from d3rt.sampling import SamplingParams
 
@@ -24,6 +25,14 @@ AHEAD = 4  # steps enqueued beyond the last whose token has been read; fewer tha
 # The state of a first self-check: far enough for several splits of the attention, different in each slot.
 CHECK_POS, CHECK_STRIDE = 700, 37
 CHECKED_AS = SamplingParams(True, temperature=0.8, top_k=50, top_p=0.95, min_p=0.01, repetition_penalty=1.1)
+
+
+def refuse_early_exit(what: str) -> NoReturn:
+    """Steps are enqueued ahead as whole graphs, so none can look at the hidden state of one that runs."""
+    raise UnsupportedOptionError(
+        f"{what}: it decides the depth while a step runs, and backend 'cuda' launches steps whole and ahead; choose "
+        "backend='cpu', or a policy with a schedule, such as D3."
+    )
 
 
 class CudaLoop:
@@ -52,6 +61,9 @@ class CudaLoop:
     def add(self, program: Any, reads: Sequence[int], fills: Sequence[int]) -> int:
         self._programs.append((program.recorded, reads, fills))
         return len(self._programs) - 1
+
+    def add_ladder(self, rungs, top, confidence) -> int:
+        refuse_early_exit("early exit")
 
     def built(self, program: int) -> Built:
         steps = [built.step for (number, _), built in self._built.items() if number == program]

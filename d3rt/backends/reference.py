@@ -39,6 +39,9 @@ class ReferenceLoop:
         self._token, self._pos, self._logits, self._filled = token, pos, logits, filled
         self.pos = pos
         self._programs: list[tuple[Any, Sequence[int], Sequence[int]]] = []
+        self._ladders: list[tuple[Sequence[tuple[int, int]], int, Tensor]] = []
+        self._climbs: dict[int, tuple[int, float]] = {}  # program -> ladder, threshold
+        self.exits: list[int] = []
         self._finished = torch.zeros(len(token), dtype=torch.bool)
         self._run: dict[str, Any] | None = None
         self._log: list[int] = []
@@ -48,6 +51,15 @@ class ReferenceLoop:
         self._programs.append((program, reads, fills))
         return len(self._programs) - 1
 
+    def add_ladder(self, rungs, top, confidence) -> int:
+        self._ladders.append((rungs, top, confidence))
+        return len(self._ladders) - 1
+
+    def add_climb(self, ladder, threshold) -> int:
+        number = self.add(None, (), ())
+        self._climbs[number] = ladder, threshold
+        return number
+
     def prepare(self, programs, sampling, eos_tokens) -> None:
         """A closure is all there is to build."""
 
@@ -56,8 +68,25 @@ class ReferenceLoop:
 
     def begin(self) -> None:
         self._finished = torch.zeros(len(self._token), dtype=torch.bool)
+        self.exits = []
 
     def step(self, program: int) -> None:
+        climb = self._climbs.get(program)
+        if climb is None:
+            self._play(program)
+        self.exits.append(-1 if climb is None else self._climb(*climb))
+
+    def _climb(self, ladder: int, threshold: float) -> int:
+        rungs, top, confidence = self._ladders[ladder]
+        for at, (segment, leave) in enumerate(rungs):
+            self._play(segment)
+            if reference.confident(confidence, self._finished, threshold):
+                self._play(leave)
+                return at
+        self._play(top)
+        return len(rungs)
+
+    def _play(self, program: int) -> None:
         recorded, reads, fills = self._programs[program]
         check_holes(self._filled, self._pos, reads)
         recorded.replay()

@@ -193,9 +193,13 @@ class Decoder:
         `ops` has the ops of d3rt.kernels.reference: that module itself, or a tape that records them.
         """
         self.embed(ops, buf)
+        self.run_plan(ops, plan, buf)
+        self.project_logits(ops, buf)
+
+    def run_plan(self, ops, plan: Plan | Sequence[Plan], buf: StepBuffers) -> None:
+        """What `plan` says of each sublayer, from buf.x to buf.x."""
         for layer, todo in enumerate(by_layer((plan,) * buf.rows if isinstance(plan, Plan) else plan)):
             self.run_layer(ops, layer, todo, buf)
-        self.project_logits(ops, buf)
 
     def embed(self, ops, buf: StepBuffers) -> None:
         """The first op of a step: buf.token to buf.x."""

@@ -20,7 +20,9 @@ from typing import Any
 from d3rt.errors import PolicyError
 from d3rt.plan import Action, LayerSet, Plan
 from d3rt.policies.base import TEXT_FORMS, Policy, Schedule, check_integer, find_policy, known_policies
+from d3rt.policies.calm import CALM
 from d3rt.policies.d3 import D3
+from d3rt.policies.early_exit import EarlyExit, ExitSchedule
 from d3rt.policies.full_depth import FullDepth
 from d3rt.policies.layer_schedule import LayerSchedule
 from d3rt.policies.skip_decode import SkipDecode
@@ -29,7 +31,10 @@ from d3rt.policies.unified_skip import UnifiedSkip
 
 __all__ = [
     "Action",
+    "CALM",
     "D3",
+    "EarlyExit",
+    "ExitSchedule",
     "FullDepth",
     "LayerSchedule",
     "LayerSet",

@@ -317,6 +317,12 @@ class Schedule:
             wanted = {0} | {layers | layer_set.attention for layers in wanted}
         return tuple(_plan(layer_set, fill, kept) for layer_set, fill in known)
 
+    @property
+    def fill_words(self) -> str:
+        """When K,V of skipped layers is written under "auto", for people."""
+        filling = sum(bool(plan.fill_layers) for plan in self.plans())
+        return f"filled at {filling} steps" if filling else "never read again, so never filled"
+
     def table(self) -> str:
         """Runs of equal steps, one a line: "steps 1-9: 31 layers 0-15,17-31"."""
         return "\n".join(self._rows())

@@ -55,4 +55,3 @@ def test_serve_works_off_the_same_tokens_whoever_waits(tmp_path, capsys, monkeyp
     together, one_by_one = report["rows"][3], report["rows"][2]
     assert together["steps"] >= one_by_one["steps"] and together["deepest"] < one_by_one["deepest"] < 6
     assert "9 requests of" in shown
-

@@ -42,6 +42,17 @@ struct Step {
   TensorView table = memory.random(DType::f32, {V, D}), logits = memory.random(DType::f32, {B, V});
   std::shared_ptr<ThreadPool> pool = std::make_shared<ThreadPool>(2);
 
+  TensorView before = memory.random(DType::f32, {B, D}), confidence = memory.random(DType::f32, {B});
+
+  // A part of a ladder: a test of either kind.
+  std::shared_ptr<Tape> segment() {
+    auto made = tape();
+    made->record(CopyHidden{before, x});
+    made->record(HiddenCosine{confidence, before, x});
+    made->record(Top2Margin{confidence, logits});
+    return made;
+  }
+
   std::shared_ptr<Tape> tape() {
     flat.ndim = 2, flat.sizes[1] = H * d, flat.strides[1] = 1;
     auto made = std::make_shared<Tape>(pool, memory.arena, cpu::kernels_for());
@@ -57,14 +68,18 @@ struct Step {
   }
 };
 
-TEST(allocation, "none happens between tokens, greedy or drawn") {
+TEST(allocation, "none happens between tokens, greedy or drawn, recorded or climbed") {
   Step step;
   step.filled.ndim = 2, step.filled.sizes[0] = 1, step.filled.sizes[1] = Step::B,
   step.filled.strides[0] = Step::B, step.filled.strides[1] = 1;
   Dispatcher dispatcher(step.token, step.pos, step.logits, step.filled, cpu::kernels_for());
-  const int program = dispatcher.add(step.tape(), {0}, {});
-  for (bool drawn : {false, true}) {
-    const auto run = [&](size_t steps) {
+  const int recorded = dispatcher.add(step.tape(), {0}, {}),
+            segment = dispatcher.add(step.segment(), {0}, {});
+  const int ladder =
+      dispatcher.add_ladder({{segment, recorded}, {segment, recorded}}, recorded, step.confidence);
+  const int climb = dispatcher.add_climb(ladder, 0.05);
+  for (const auto& [drawn, program] : {std::pair{false, recorded}, {true, recorded}, {false, climb}}) {
+    const auto run = [&, drawn = drawn, program = program](size_t steps) {
       for (int64_t b = 0; b < Step::B; ++b) step.pos.ptr<int32_t>()[b] = 0, step.filled.ptr<int32_t>()[b] = 1;
       RunSpec spec;
       spec.programs.assign(steps, program);

@@ -7,7 +7,7 @@ from d3rt.kernels import cases, kv_line
 
 TESTED = [
     case
-    for op in cases.OPS
+    for op in cases.ALL_OPS
     for case in (*cases.TEST_CASES[op], *cases.INT8_CACHE_CASES.get(op, ()), *cases.LINE_CASES.get(op, ()))
 ]
 
@@ -15,7 +15,7 @@ TESTED = [
 def test_every_op_has_cases_in_both_tables_under_names_of_their_own():
     for table in (cases.TEST_CASES, cases.TIMED_CASES, cases.INT8_CACHE_CASES):
         touching_cache = {"norm_qkv_rope", "attention", "kv_fill"}
-        assert set(table) == (touching_cache if table is cases.INT8_CACHE_CASES else set(cases.OPS))
+        assert set(table) == (touching_cache if table is cases.INT8_CACHE_CASES else set(cases.ALL_OPS))
         names = [str(case) for listed in table.values() for case in listed]
         assert len(set(names)) == len(names)
         assert all(case.op == op for op, listed in table.items() for case in listed)

@@ -9,7 +9,7 @@ from d3rt.kernels import cases, kv_line, reference
 
 ALL = [
     case
-    for op in cases.OPS
+    for op in cases.ALL_OPS
     for case in (*cases.TEST_CASES[op], *cases.INT8_CACHE_CASES.get(op, ()), *cases.LINE_CASES.get(op, ()))
 ]
 SOME = [case for case in ALL if case.name in ("gqa3", "gqa16", "odd", "triple", "three_layers", "full_batch")]
@@ -190,6 +190,63 @@ def test_ops_read_the_cache_of_some_slots_out_of_a_larger_one(isa, int8_cache):
         arguments[name] = larger[1:3, :, :90]
     native_ops.run_native(case, arguments, isa)
     native_ops.assert_close(case, cases.outputs(case, arguments))
+
+
+def margin(isa, logits, threads=2):
+    """Native top2_margin of logits [B, V]."""
+    arguments = {"out": torch.full((len(logits),), torch.nan), "logits": logits}
+    case = cases.Case("top2_margin", "direct", torch.float32, B=len(logits), V=logits.shape[1])
+    native_ops.run_native(case, arguments, isa, threads)
+    return arguments["out"]
+
+
+@each_isa
+def test_a_margin_is_0_for_a_tie_and_1_for_a_certain_token_wherever_it_stands(isa):
+    for size in (2, 3, 17, 4095, 4096, 4097, 9000):
+        for place in {0, 1, size // 2, size - 2, size - 1}:
+            logits = torch.zeros(1, size)
+            logits[0, place] = 200.0
+            assert margin(isa, logits).item() == 1.0
+            for second in {0, size // 3, size - 1} - {place}:
+                logits[0, second] = 200.0
+                assert margin(isa, logits).item() == 0.0
+                logits[0, second] = 0.0
+
+
+@each_isa
+@pytest.mark.parametrize("size", [1e3, 1e10, 1e38])
+def test_a_margin_of_huge_logits_and_of_logits_cut_off_is_right(isa, size):
+    logits = torch.full((3, 5000), -size)
+    logits[0, 4999] = size
+    logits[1, :2] = size
+    logits[2] = -torch.inf
+    logits[2, 7] = -size
+    assert margin(isa, logits).tolist() == [1.0, 0.0, 1.0]
+
+
+@each_isa
+@pytest.mark.parametrize("place", [0, 3, 4095, 4096, 5000])
+def test_a_margin_is_nan_exactly_in_the_row_that_has_no_distribution(isa, place):
+    for broken in (torch.nan, torch.inf):
+        logits = torch.randn(3, 5001)
+        logits[1, place] = broken
+        got = margin(isa, logits)
+        assert got[1].isnan() and got[[0, 2]].isfinite().all()
+    assert margin(isa, torch.full((1, 5001), -torch.inf)).isnan().all()
+
+
+@each_isa
+def test_a_cosine_stays_within_1_and_is_nan_exactly_where_a_state_is(isa):
+    for n in (1, 7, 64, 577):
+        a = torch.randn(5, n)
+        b = a * torch.tensor([[1.0], [-3.0], [0.0], [1e15], [torch.nan]])
+        a[3] *= 1e15
+        out = torch.empty(5)
+        case = cases.Case("hidden_cosine", "direct", torch.float32, B=5, D=n)
+        native_ops.run_native(case, {"out": out, "a": a, "b": b}, isa, threads=2)
+        right = torch.tensor([1.0, -1.0, 0.0, 1.0])
+        assert ((out[:4] - right).abs() <= 4 * native_ops.EPS).all() and out[:4].abs().max() <= 1
+        assert out[4].isnan()
 
 
 WRITES_INT8 = [case for op in ("norm_qkv_rope", "kv_fill") for case in cases.INT8_CACHE_CASES[op]]

@@ -36,6 +36,9 @@ BY_OP = {
         "kv_fill", "direct", F32, B=2, D=10, G=2, d=6, S=5, pos=(4, 0), layers=2, bias=True, head_norm=True
     ),
     "norm_logits": cases.Case("norm_logits", "direct", F32, B=2, D=10, V=7),
+    "copy_hidden": cases.Case("copy_hidden", "direct", F32, B=2, D=10),
+    "hidden_cosine": cases.Case("hidden_cosine", "direct", F32, B=2, D=10),
+    "top2_margin": cases.Case("top2_margin", "direct", F32, B=2, V=7),
 }
 # The name csrc gives to all biases of an op.
 SAID = {name: "bias" for name in ("bq", "bk", "bv", "b_gate", "b_up")}
@@ -100,6 +103,8 @@ def test_a_wrong_shape_is_refused_in_every_dimension(op, name):
     for dim in range(tensor.dim()):
         if (name, dim) in {("cos", 0), ("sin", 0), ("table", 0)}:
             continue  # any number of rows; that sin has as many as cos is tested below
+        if (op, name, dim) == ("top2_margin", "logits", 1):
+            continue  # any number of tokens
         for longer in (1, -1):
             sizes = list(tensor.shape)
             sizes[dim] += longer
@@ -182,6 +187,9 @@ def test_more_slots_than_the_kernels_take_are_refused(batch):
         "norm_gate_up": dict(D=4, F=4),
         "kv_fill": dict(D=4, G=1, d=2, S=1, pos=(0,) * batch, layers=1),
         "norm_logits": dict(D=4, V=3),
+        "copy_hidden": dict(D=4),
+        "hidden_cosine": dict(D=4),
+        "top2_margin": dict(V=3),
     }.items():
         case = cases.Case(op, "direct", F32, B=batch, **sizes)
         with pytest.raises(ValueError, match=f"{op}: batch of {batch} slots; the kernels take 1 to 16"):

@@ -7,6 +7,7 @@ import pytest
 from d3rt.errors import PolicyError
 from d3rt.plan import LayerSet
 from d3rt.policies import (
+    CALM,
     D3,
     FullDepth,
     LayerSchedule,
@@ -19,6 +20,8 @@ from d3rt.policies import (
 
 POLICIES = [
     FullDepth(),
+    CALM(0.9),
+    CALM(0.1 + 0.2, "softmax", min_exit=4, exit_interval=3, decay=4, horizon=200),
     D3(0.9999, 0.8, tail=0),
     D3(0.1 + 0.2, 1 / 3, variant="slide", head=2),
     SkipDecode(22, 11, 200, warmup=2),
@@ -67,7 +70,7 @@ def test_a_class_reads_only_its_own_kind():
 @pytest.mark.parametrize(
     "values, message",
     [
-        ({"name": "d4"}, "unknown policy 'd4'; there are: d3, full"),
+        ({"name": "d4"}, "unknown policy 'd4'; there are: calm, d3, full"),
         ({"name": ["d3"]}, "unknown policy"),
         ({"alpha": 0.9}, "a policy is an object with a name"),
         ([1, 2], "a policy is an object with a name"),

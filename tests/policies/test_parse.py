@@ -3,10 +3,15 @@
 import pytest
 
 from d3rt.errors import PolicyError
-from d3rt.policies import D3, FullDepth, LayerSchedule, SkipDecode, StaticLayers, UnifiedSkip, parse
+from d3rt.policies import CALM, D3, FullDepth, LayerSchedule, SkipDecode, StaticLayers, UnifiedSkip, parse
 
 TEXTS = [
     (FullDepth(), "full"),
+    (CALM(0.9), "calm:threshold=0.9"),
+    (
+        CALM(1.5, "softmax", min_exit=4, exit_interval=2, decay=4, horizon=200),
+        "calm:threshold=1.5,measure=softmax,min_exit=4,exit_interval=2,decay=4,horizon=200",
+    ),
     (D3(0.999, 0.5), "d3:alpha=0.999,start=0.5"),
     (D3(1, 0), "d3:alpha=1,start=0"),
     (D3(0.9, 1 / 3, tail=0), "d3:alpha=0.9,start=0.3333333333333333,tail=0"),
@@ -70,7 +75,7 @@ def test_a_path_that_ends_in_json_reads_a_policy_file(tmp_path):
     [
         (
             "d4:alpha=1",
-            "unknown policy 'd4'; there are: d3, full, schedule, skipdecode, static, unified.*json",
+            "unknown policy 'd4'; there are: calm, d3, full, schedule, skipdecode, static, unified.*json",
         ),
         ("", "unknown policy ''"),
         (

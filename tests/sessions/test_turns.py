@@ -251,3 +251,37 @@ def test_streaming_gives_the_same(kv_fill):
         pieces = streamed.stream(tiny_models.prompt(length, seed), max_new_tokens=NEW, eos_token_id=None)
         assert list(pieces) == answers[seed]
     assert streamed.ids == sent.ids and streamed.last_reply.tokens == sent.last_reply.tokens
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("measure, threshold", [("state", 0.6), ("softmax", 0.2)])
+def test_steps_that_ended_early_are_read_again_where_that_is_asked_for(measure, threshold, backend):
+    policy = d3rt.CALM(threshold, measure, min_exit=1)
+    fast = tiny_models.runtime("llama", policy, backend=backend)
+    exact, filled = fast.session(), fast.session(kv_fill="eager")
+    first = [
+        each.send(tiny_models.prompt(6), max_new_tokens=NEW, eos_token_id=None) for each in (exact, filled)
+    ]
+    assert first[0].tokens == first[1].tokens and first[0].stats.mean_depth < 6
+    new = tiny_models.prompt(3, 1)
+    replies = [each.send(new, max_new_tokens=NEW, eos_token_id=None) for each in (exact, filled)]
+    shallow = next(step for step, depth in enumerate(first[0].stats.depths) if depth < 6)
+    assert replies[0].reused == 6 + shallow - 1 and replies[1].reused == 6 + NEW - 1
+    assert list(replies[0].tokens) == answer(fast, exact.ids[:-NEW])
+    whole = fast.session(d3rt.CALM(1.5, measure, min_exit=1))
+    whole.send(tiny_models.prompt(6), max_new_tokens=NEW, eos_token_id=None)
+    assert whole.send(new, max_new_tokens=NEW, eos_token_id=None).reused == 6 + NEW - 1
+
+
+def test_thresholds_go_on_where_steps_do():
+    policy = d3rt.CALM(0.9, min_exit=2, decay=4, horizon=20)
+    whole, rest = policy.schedule(6, 9), policy.schedule(6, 4, first=5)
+    assert rest.thresholds[1:] == whole.thresholds[6:]
+
+
+def test_early_exit_cannot_be_deferred_and_has_no_place_among_rows_of_their_own_depth():
+    fast = tiny_models.runtime("llama")
+    with pytest.raises(d3rt.PolicyError, match="kv_fill='deferred'.*fills what it left out at once"):
+        fast.session(d3rt.CALM(0.5), kv_fill="deferred").send([5, 6], max_new_tokens=3)
+    with pytest.raises(d3rt.UnsupportedOptionError, match="must be known before a step"):
+        fast.serve_batch().add([5, 6], policy=d3rt.CALM(0.5), max_new_tokens=3)
