@@ -23,7 +23,7 @@ FLOATS = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch
 SHAPES = {
     "embed": "odd gapped",
     "norm_qkv_rope": "head_dim6 gqa3 head_dim64 head_dim128 gapped long_rows",
-    "attention": "first_position chunk_over gqa3 gqa16 head_dim128 window_in_chunk window_over_chunks",
+    "attention": "first_position chunk_over gqa3 gqa16 head_dim128 head_dim512 window_in_chunk window_over_chunks",
     "proj_add": "odd triple gapped long_rows many_rows",
     "norm_gate_up": "odd block_over tile_and_rest long_rows",
     "kv_fill": "three_layers head_dim6 head_dim80 head_dim128",

@@ -508,10 +508,9 @@ def attention(
     _check(op, "pos", pos, (batch,))
     if heads % kv_heads:
         raise ValueError(f"{op}: {heads} query heads cannot share {kv_heads} key-value heads.")
-    group, width = triton.next_power_of_2(heads // kv_heads), triton.next_power_of_2(head_dim)
-    tile, dot = tiles.attention_tile(arch, group, width, k_cache.dtype.itemsize == 2)
-    if dot:
-        group, width = max(16, group), max(16, width)  # the smallest product of a tensor core
+    tile, dot = tiles.attention_tile(arch, heads // kv_heads, head_dim, k_cache.dtype.itemsize == 2)
+    least = tiles.SMALLEST_PRODUCT if dot else 1
+    group, width = (max(least, tiles.power_of_2(n)) for n in (heads // kv_heads, head_dim))
     fewest = tiles.fewest_positions(heads // kv_heads, head_dim, k_cache.dtype.itemsize)
     longest = min(window, length) if window else length
     most = max(1, tiles.MULTIPROCESSORS[arch] * tile.blocks // (kv_heads * batch))
