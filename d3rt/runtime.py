@@ -247,6 +247,8 @@ class Runtime:
                 ),
                 default=0,
             ),
+            group=c.num_attention_heads // c.num_key_value_heads,
+            head_dim=c.head_dim,
         )
 
     def _hidden_bytes(self) -> int:

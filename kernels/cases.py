@@ -458,6 +458,7 @@ def _test_cases() -> dict[str, list[Case]]:
                 attention("gqa16", H=32, G=2, d=80, S=700, B=2),
                 attention("head_dim128", H=2, G=2, d=128, S=300, pos=(257,)),
                 attention("head_dim6", H=5, G=5, d=6, S=33, B=16),
+                attention("head_dim512", H=2, G=1, d=512, S=70),
                 attention("window1", H=3, G=3, d=10, S=140, B=3, window=1),
                 attention("window_in_chunk", H=4, G=1, d=20, S=150, B=4, window=17),
                 attention("window_over_chunks", H=2, G=1, d=64, S=300, B=2, window=100),

@@ -238,21 +238,25 @@ def tool(name: str, *arguments: str) -> str:
 
 
 def measure(job: Job) -> Measured:
+    (launch,) = launches(job)
+    return inspected(launch, job.arch)
+
+
+def inspected(launch, arch: int) -> Measured:
     """Compiles it and looks at the result."""
     os.environ.setdefault("TRITON_CACHE_DIR", str(CACHE))
     from d3rt.kernels.cuda.compiled import compile
 
-    (launch,) = launches(job)
-    made = compile(launch, job.arch)
+    made = compile(launch, arch)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(made.cubin)
         file.flush()
         usage = tool("cuobjdump", "-res-usage", file.name)
         # nvdisasm knows sm_75 and later; before, Triton has no tensor-core products.
-        code = tool("nvdisasm", "-c", file.name) if launch.op == "attention" and job.arch >= 75 else ""
+        code = tool("nvdisasm", "-c", file.name) if launch.op == "attention" and arch >= 75 else ""
     found = dict(re.findall(r"(REG|STACK):(\d+)", usage))
     registers, stack = int(found["REG"]), int(found["STACK"])
-    blocks = resident_blocks(job.arch, registers, made.shared, made.warps)
+    blocks = resident_blocks(arch, registers, made.shared, made.warps)
     return Measured(
         registers=registers,
         stack=stack,
@@ -260,7 +264,7 @@ def measure(job: Job) -> Measured:
         stream_bits=stream_bits(made.ptx),
         tensor_core=len(re.findall(r"\bHMMA\.", code)),
         blocks=blocks,
-        occupancy=round(blocks * made.warps / RESIDENT[job.arch][1], 3),
+        occupancy=round(blocks * made.warps / RESIDENT[arch][1], 3),
     )
 
 

@@ -77,7 +77,7 @@ class FakeGpu:
     def launch(self, launch, behind: Sequence[Tensor]) -> None:
         """Runs one launch at once, as Triton's launcher would. Working memory is exactly what it asked for."""
         from d3rt.kernels.cuda.compiled import compile
-        from d3rt.kernels.cuda.plans import COUNTERS, PARTIALS
+        from d3rt.kernels.cuda.launch import COUNTERS, PARTIALS
 
         working = {
             PARTIALS: torch.full((launch.partials,), float("nan")),

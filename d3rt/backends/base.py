@@ -58,7 +58,8 @@ def causal_attention(q: Tensor, keys: Tensor, values: Tensor, scale: float, wind
 @dataclass(frozen=True)
 class Needs:
     """What a runtime is about to ask of a backend. Sizes in bytes; dtypes are the distinct ones of matrices and of the
-    K,V cache. unpacked: values of the largest packed matrix that a prefill multiplies by, 0 where none is packed."""
+    K,V cache. unpacked: values of the largest packed matrix that a prefill multiplies by, 0 where none is packed.
+    group: query heads that share a key-value head."""
 
     weight_dtypes: frozenset[str | torch.dtype]  # "int8" and "int4" for packed ones
     cache_dtype: torch.dtype
@@ -68,6 +69,8 @@ class Needs:
     prefill: int
     unpacked: int = 0
     early_exit: str | None = None  # the text of a policy that decides the depth while a step runs
+    group: int = 1
+    head_dim: int = 1
 
 
 @dataclass(frozen=True)

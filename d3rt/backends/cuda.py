@@ -26,7 +26,8 @@ from d3rt.backends.cuda_record import Kernels, Recorded, Recorder, Working
 from d3rt.backends.cuda_steps import Launcher, StepBuilder, triton_launcher
 from d3rt.backends.native import native
 from d3rt.backends.packer import native_pack
-from d3rt.errors import BackendUnavailableError, UnsupportedOptionError
+from d3rt.errors import BackendUnavailableError, UnsupportedModelError, UnsupportedOptionError
+from d3rt.kernels.cuda.tiles import attention_tile
 from d3rt.kernels.packing import PackedMatrix
 
 # Set aside for what a driver takes for modules and graphs, which is known only once they are there. A guess, on the
@@ -94,6 +95,10 @@ class CudaBackend:
                 f"{what}='bfloat16': {self.context.name} (sm_{self.context.arch}) has no bfloat16; pass "
                 f"{what}='float16', or backend='cpu'."
             )
+        try:
+            attention_tile(self.arch, needs.group, needs.head_dim, needs.cache_dtype.itemsize == 2)
+        except ValueError as error:
+            raise UnsupportedModelError(f"backend 'cuda': {error}") from None
         free, _ = self.context.memory()
         free += self._place.reusable_bytes()
         parts = {

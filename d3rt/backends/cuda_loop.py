@@ -98,10 +98,9 @@ class CudaLoop:
         return Recorded() if program is None else self._programs[program][0]
 
     def _build(self, missing: Sequence[int | None], kind: Kind | None) -> None:
-        """The state is as before."""
+        """The state is as before, but for what is sampled by, which each generation brings."""
         tail = Recorded() if kind is None else self._tail(kind)
         with self._backend.scope():
-            settings = self._slots.settings.clone()
             self._slots.settings.copy_(sampling_settings(CHECKED_AS))
         everything = {program: self._recorded(program) + tail for program in missing}
         for recorded in everything.values():
@@ -115,8 +114,6 @@ class CudaLoop:
                 built = builder.build(recorded, self._device_pos, what)
                 self._numbers[program, kind] = self._dispatcher.add(built.step, list(reads), list(fills))
                 self._built[program, kind] = built
-        with self._backend.scope():
-            self._slots.settings.copy_(settings)
 
     def _tail(self, kind: Kind) -> Recorded:
         """The end of a step of that kind."""

@@ -7,7 +7,6 @@ import inspect
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partialmethod
 from typing import Any
 
 import torch
@@ -16,7 +15,7 @@ from torch import Tensor
 from d3rt.errors import ForeignBufferError
 from d3rt.kernels.cuda import plans
 from d3rt.kernels.cuda.compiled import compile
-from d3rt.kernels.cuda.plans import COUNTERS, PARTIALS, Launch
+from d3rt.kernels.cuda.launch import COUNTERS, PARTIALS, Launch
 from d3rt.kernels.packing import PackedMatrix
 
 # Of each op the arguments that it writes. Caches, which it writes one line of, are CACHES.
@@ -30,7 +29,7 @@ WRITTEN = {
     "sample": ("next_token", "seen"),
     "advance": ("token", "pos", "finished", "step", "ring"),
 }
-CACHES = ("k_cache", "v_cache")
+CACHES = ("k_cache", "v_cache", "hidden")  # hidden [B, S, D] counts as [B, 1, S, D]
 
 
 @dataclass
@@ -61,7 +60,7 @@ class Recorded:
         return max((launch.counters for launch in self.launches), default=0)
 
 
-class Recorder:
+class Recorder(plans.Ops):
     """The ops of d3rt.kernels.reference, and sample and advance of d3rt.kernels.cuda.plans: each notes its launches.
 
     owns: whether a tensor is static memory; ForeignBufferError for one that is not. Tables of addresses go to `device`.
@@ -71,7 +70,7 @@ class Recorder:
         self.recorded = Recorded()
         self._arch, self._device, self._owns = arch, device, owns
 
-    def _note(self, plan: Callable[..., list[Launch]], *arguments, **named) -> None:
+    def take(self, plan: Callable[..., list[Launch]], *arguments, **named) -> None:
         given = inspect.signature(plan).bind(self._arch, *arguments, **named).arguments
         tensors = dict(_tensors(given))
         for name, tensor in tensors.items():
@@ -90,20 +89,10 @@ class Recorder:
         known = {cache.data_ptr() for cache in recorded.caches}
         if plan is not plans.attention:
             recorded.caches += [
-                tensor
+                tensor if tensor.dim() == 4 else tensor.unsqueeze(1)
                 for name, tensor in tensors.items()
                 if name.endswith(CACHES) and tensor.data_ptr() not in known
             ]
-
-    embed = partialmethod(_note, plans.embed)
-    norm_qkv_rope = partialmethod(_note, plans.norm_qkv_rope)
-    attention = partialmethod(_note, plans.attention)
-    proj_add = partialmethod(_note, plans.proj_add)
-    norm_gate_up = partialmethod(_note, plans.norm_gate_up)
-    kv_fill = partialmethod(_note, plans.kv_fill)
-    norm_logits = partialmethod(_note, plans.norm_logits)
-    sample = partialmethod(_note, plans.sample)
-    advance = partialmethod(_note, plans.advance)
 
 
 def _tensors(value: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:

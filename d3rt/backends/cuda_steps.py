@@ -20,7 +20,7 @@ from torch import Tensor
 from d3rt.backends.cuda_record import Recorded
 from d3rt.errors import CudaError
 from d3rt.kernels.cuda.eager import Eager
-from d3rt.kernels.cuda.plans import COUNTERS, PARTIALS, Launch
+from d3rt.kernels.cuda.launch import COUNTERS, PARTIALS, Launch
 
 logger = logging.getLogger("d3rt")
 

@@ -9,7 +9,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from d3rt.kernels.cuda.plans import ALIGNMENT, Launch
+from d3rt.kernels.cuda.launch import ALIGNMENT, Launch
 
 
 @dataclass(frozen=True)

@@ -4,15 +4,14 @@ that graphs are compared with, and with Triton's interpreter the one that runs w
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partialmethod
 
 import torch
 
-from d3rt.kernels.cuda import plans
-from d3rt.kernels.cuda.plans import COUNTERS, PARTIALS, Launch
+from d3rt.kernels.cuda.launch import COUNTERS, PARTIALS, Launch
+from d3rt.kernels.cuda.plans import Ops
 
 
-class Eager:
+class Eager(Ops):
     """Working memory, and each op as a method. Tensors must lie on `device`."""
 
     def __init__(self, arch: int, device: str = "cuda"):
@@ -37,16 +36,6 @@ class Eager:
             num_stages=launch.stages,
         )
 
-    def _run(self, plan: Callable[..., list[Launch]], *arguments, **named) -> None:
+    def take(self, plan: Callable[..., list[Launch]], *arguments, **named) -> None:
         for launch in plan(self.arch, *arguments, **named):
             self.launch(launch)
-
-    embed = partialmethod(_run, plans.embed)
-    norm_qkv_rope = partialmethod(_run, plans.norm_qkv_rope)
-    attention = partialmethod(_run, plans.attention)
-    proj_add = partialmethod(_run, plans.proj_add)
-    norm_gate_up = partialmethod(_run, plans.norm_gate_up)
-    kv_fill = partialmethod(_run, plans.kv_fill)
-    norm_logits = partialmethod(_run, plans.norm_logits)
-    sample = partialmethod(_run, plans.sample)
-    advance = partialmethod(_run, plans.advance)

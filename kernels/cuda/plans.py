@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -24,78 +24,15 @@ from d3rt.kernels.cuda import norm_qkv_rope as qkv_kernels
 from d3rt.kernels.cuda import project as project_kernels
 from d3rt.kernels.cuda import tiles
 from d3rt.kernels.cuda import tokens as token_kernels
+from d3rt.kernels.cuda.launch import ALIGNMENT, COUNTERS, PARTIALS, Launch, launch_of
 from d3rt.kernels.packing import PackedMatrix
 from d3rt.kernels.reference import FillLayer
 from d3rt.sampling import SamplingParams
 
 MAX_BATCH = 16
-PARTIALS, COUNTERS = "partials", "counters"  # stand for working memory in Launch.arguments
 
-TRITON_TYPES = {
-    torch.float32: "fp32",
-    torch.float16: "fp16",
-    torch.bfloat16: "bf16",
-    torch.int64: "i64",
-    torch.int32: "i32",
-    torch.int8: "i8",
-    torch.uint8: "u8",
-}
 _ELEMENTS = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 _WIDTHS = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
-ALIGNMENT = 16  # bytes; what 128-bit loads need
-
-
-@dataclass(frozen=True)
-class Launch:
-    """One kernel launch: one node of a graph.
-
-    arguments: the pointers, in the order of the compiled kernel's parameters; PARTIALS and COUNTERS stand for working
-    memory of `partials` float32 and `counters` int32, shared by all launches and the latter 0 before each.
-    constants: everything else, compiled in. uploads: arguments whose content was made here, in host memory.
-    """
-
-    op: str
-    kernel: Any  # a @triton.jit function
-    grid: tuple[int, int, int]
-    arguments: Mapping[str, Tensor | str]
-    constants: Mapping[str, Any]
-    warps: int
-    stages: int = 1
-    partials: int = 0
-    counters: int = 0
-    uploads: tuple[str, ...] = ()
-
-    def signature(self) -> dict[str, str]:
-        """Type of every parameter of the kernel, as Triton's compiler takes them: "*fp16", or "constexpr"."""
-        kinds = {PARTIALS: torch.float32, COUNTERS: torch.int32}
-        return {
-            name: "constexpr"
-            if name in self.constants
-            else "*" + TRITON_TYPES[kinds[at] if isinstance(at := self.arguments[name], str) else at.dtype]
-            for name in self.kernel.arg_names
-        }
-
-    def aligned(self) -> tuple[str, ...]:
-        """The pointers that are multiples of ALIGNMENT; the kernel must be compiled with no more than these so."""
-        return tuple(
-            name
-            for name, at in self.arguments.items()
-            if isinstance(at, str) or (at.device.type == "meta" or at.data_ptr() % ALIGNMENT == 0)
-        )
-
-
-def _launch(op: str, kernel, grid, values: dict[str, Any], warps: int, **more) -> Launch:
-    """A Launch out of all the kernel's parameters: tensors and working memory are arguments, the rest constants."""
-    missing = set(kernel.arg_names) ^ set(values)
-    if missing:
-        raise TypeError(f"{op}: parameters {sorted(missing)} do not fit the kernel")
-    pointers = {
-        name: values[name]
-        for name in kernel.arg_names
-        if isinstance(values[name], Tensor) or values[name] in (PARTIALS, COUNTERS)
-    }
-    constants = {name: values[name] for name in kernel.arg_names if name not in pointers}
-    return Launch(op, kernel, (*grid, 1, 1)[:3], pointers, constants, warps, **more)
 
 
 def _check_batch(op: str, batch: int) -> None:
@@ -187,7 +124,25 @@ def embed(arch: int, x: Tensor, token: Tensor, table: Tensor | PackedMatrix) -> 
         **{"x": x, "token": token, "table": w.data, "scales": w.scales, "minima": w.minima},
         **{"FORMAT": w.format, "LDW": w.pitch, "D": size, "BLOCK": block},
     }
-    return [_launch("embed", token_kernels.embed, (triton.cdiv(size, block), batch), values, 4)]
+    return [launch_of("embed", token_kernels.embed, (triton.cdiv(size, block), batch), values, 4)]
+
+
+def keep_hidden(arch: int, hidden: Tensor, x: Tensor, pos: Tensor) -> list[Launch]:
+    batch, size = x.shape
+    _check_batch("keep_hidden", batch)
+    _check("keep_hidden", "x", x, (batch, size))
+    _check("keep_hidden", "pos", pos, (batch,))
+    if hidden.dim() != 3 or hidden.shape[::2] != (batch, size) or hidden.stride()[1:] != (size, 1):
+        raise ValueError(
+            f"keep_hidden: hidden is {tuple(hidden.shape)}, strides {hidden.stride()}; it must be [{batch}, S, "
+            f"{size}], the lines of a slot contiguous."
+        )
+    block = min(512, triton.next_power_of_2(size))
+    values = {
+        **{"hidden": hidden, "x": x, "pos": pos},
+        **{"SLOT_STRIDE": hidden.stride(0), "D": size, "BLOCK": block},
+    }
+    return [launch_of("keep_hidden", token_kernels.keep_hidden, (triton.cdiv(size, block), batch), values, 4)]
 
 
 def _project(arch, op, out, x, norm, w, bias, eps, add) -> list[Launch]:
@@ -213,7 +168,7 @@ def _project(arch, op, out, x, norm, w, bias, eps, add) -> list[Launch]:
     }
     grid = (blocks, split["values"]["SPLIT"])
     return [
-        _launch(
+        launch_of(
             op,
             project_kernels.project,
             grid,
@@ -271,7 +226,7 @@ def norm_gate_up(
     }
     grid = (blocks, split["values"]["SPLIT"])
     return [
-        _launch(
+        launch_of(
             op,
             project_kernels.norm_gate_up,
             grid,
@@ -386,7 +341,7 @@ def norm_qkv_rope(
         **split["values"],
     }
     return [
-        _launch(
+        launch_of(
             op,
             qkv_kernels.norm_qkv_rope,
             (units, chunks, split["values"]["SPLIT"]),
@@ -478,7 +433,7 @@ def _fill(arch: int, layers: list[FillLayer], x: Tensor, cos: Tensor, sin: Tenso
         **_cache_strides(op, batch, kv_heads, head_dim, first.k_cache, first.v_cache),
         **split["values"],
     }
-    return _launch(
+    return launch_of(
         op,
         qkv_kernels.kv_fill,
         (units, chunks, split["values"]["SPLIT"]),
@@ -508,10 +463,9 @@ def attention(
     _check(op, "pos", pos, (batch,))
     if heads % kv_heads:
         raise ValueError(f"{op}: {heads} query heads cannot share {kv_heads} key-value heads.")
-    group, width = triton.next_power_of_2(heads // kv_heads), triton.next_power_of_2(head_dim)
-    tile, dot = tiles.attention_tile(arch, group, width, k_cache.dtype.itemsize == 2)
-    if dot:
-        group, width = max(16, group), max(16, width)  # the smallest product of a tensor core
+    tile, dot = tiles.attention_tile(arch, heads // kv_heads, head_dim, k_cache.dtype.itemsize == 2)
+    least = tiles.SMALLEST_PRODUCT if dot else 1
+    group, width = (max(least, tiles.power_of_2(n)) for n in (heads // kv_heads, head_dim))
     fewest = tiles.fewest_positions(heads // kv_heads, head_dim, k_cache.dtype.itemsize)
     longest = min(window, length) if window else length
     most = max(1, tiles.MULTIPROCESSORS[arch] * tile.blocks // (kv_heads * batch))
@@ -525,7 +479,7 @@ def attention(
         **_cache_strides(op, batch, kv_heads, head_dim, k_cache, v_cache),
     }
     return [
-        _launch(
+        launch_of(
             op,
             attention_kernels.attention,
             (kv_heads, split, batch),
@@ -581,7 +535,7 @@ def sample(
         **{"next_token": next_token, "logits": logits, "settings": settings, "step": step, "seen": seen},
         **{"DRAW": draw, "V": vocab, "BLOCK": min(4096, triton.next_power_of_2(vocab))},
     }
-    return [_launch("sample", token_kernels.sample, (batch,), values, 16)]
+    return [launch_of("sample", token_kernels.sample, (batch,), values, 16)]
 
 
 def advance(
@@ -610,11 +564,30 @@ def advance(
         **{"NUM_EOS": 0 if eos is None else len(eos), "RING": 0 if ring is None else len(ring)},
         **{"B": batch, "B_BLOCK": triton.next_power_of_2(batch)},
     }
-    return [_launch("advance", token_kernels.advance, (1,), values, 1)]
+    return [launch_of("advance", token_kernels.advance, (1,), values, 1)]
 
 
-# What the compile gate and the tests go through.
-OPS = (
-    *(embed, norm_qkv_rope, attention, proj_add, norm_gate_up, kv_fill, norm_logits),
-    *(sample, advance),
-)
+def _method(plan: Callable[..., list[Launch]]):
+    def op(self, *arguments, **named) -> None:
+        self.take(plan, *arguments, **named)
+
+    return op
+
+
+class Ops:
+    """The ops as methods, of whoever does something with their launches: `take` is given the plan and its arguments but
+    for the architecture."""
+
+    def take(self, plan: Callable[..., list[Launch]], *arguments, **named) -> None:
+        raise NotImplementedError
+
+    embed = _method(embed)
+    norm_qkv_rope = _method(norm_qkv_rope)
+    attention = _method(attention)
+    proj_add = _method(proj_add)
+    norm_gate_up = _method(norm_gate_up)
+    kv_fill = _method(kv_fill)
+    keep_hidden = _method(keep_hidden)
+    norm_logits = _method(norm_logits)
+    sample = _method(sample)
+    advance = _method(advance)

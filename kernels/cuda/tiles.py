@@ -7,7 +7,7 @@ multiprocessor), not from measurements: no GPU was at hand. plans.py turns a tab
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 ARCHS = (70, 75, 80, 86, 89, 90)  # V100, T4, A100, A40/3090, L40/4090, H100
 
@@ -46,6 +46,9 @@ class AttentionTile:
 
 WORD = {"int8": 4, "int4": 8}  # columns in a 32-bit word
 
+MAX_HEAD_DIM = 512
+SMALLEST_PRODUCT = 16  # rows and columns of a tensor core's
+
 # The more slots, the more sums a thread holds (rows x words / threads of each), so the fewer rows and words. By number
 # of slots, as BATCHES. norm_gate_up has two matrices in a program.
 _PLAIN = (Tile(64), Tile(64), Tile(32), Tile(32), Tile(32))
@@ -71,6 +74,11 @@ _ATTENTION_BY_ARCH = {
     89: AttentionTile(positions=32, stages=3),
     90: _TENSOR_CORES,
 }
+
+
+def power_of_2(n: int) -> int:
+    """The least that is no less"""
+    return 1 << (n - 1).bit_length()
 
 
 def bucket(batch: int) -> int:
@@ -110,11 +118,32 @@ def fewest_positions(group: int, head_dim: int, itemsize: int) -> int:
     return -(-20 * sums // (2 * head_dim * itemsize))
 
 
+def attention_shared_bytes(tile: AttentionTile, group: int, head_dim: int) -> int:
+    """Bytes of shared memory that Triton takes for a block with tensor cores: K,V of the stages that are on their way,
+    and what the products are of. tests/gpu/test_compile_gate.py holds it against the compiler."""
+    return 2 * (2 * (tile.stages - 1) * tile.positions * head_dim + group * (head_dim + tile.positions))
+
+
 def attention_tile(arch: int, group: int, head_dim: int, sixteen_bit: bool) -> tuple[AttentionTile, bool]:
-    """(tile, whether with tensor cores) for `group` query heads a key-value head, rounded up to a power of 2."""
-    cores = _ATTENTION_BY_ARCH[arch]
-    if cores is not None and sixteen_bit:
-        return cores, True
-    # Every thread holds its share of group x positions x head_dim products, and of keys and values.
-    products = 4096 if sixteen_bit else 2048
-    return AttentionTile(positions=max(4, min(64, products // (group * head_dim))), stages=1), False
+    """(tile, whether with tensor cores) for `group` query heads a key-value head. ValueError for heads that no tile
+    suits."""
+    if head_dim > MAX_HEAD_DIM:
+        raise ValueError(
+            f"head_dim {head_dim}: the attention kernels hold a whole head, of {MAX_HEAD_DIM} values at most; use "
+            "backend='cpu'."
+        )
+    tile = _ATTENTION_BY_ARCH[arch]
+    if tile is None or not sixteen_bit:
+        # Every thread holds its share of group x positions x head_dim products, and of keys and values.
+        products = (4096 if sixteen_bit else 2048) // (power_of_2(group) * power_of_2(head_dim))
+        return AttentionTile(positions=max(4, min(64, products)), stages=1), False
+    rows, columns = (max(SMALLEST_PRODUCT, power_of_2(n)) for n in (group, head_dim))
+    while (wanted := attention_shared_bytes(tile, rows, columns)) > SHARED_LIMIT[arch]:
+        if tile.positions == SMALLEST_PRODUCT:
+            raise ValueError(
+                f"head_dim {head_dim} with {group} query heads a key-value head: the attention kernel takes {wanted} "
+                f"bytes of shared memory, and a block of sm_{arch} has {SHARED_LIMIT[arch]}; choose "
+                "kv_cache_dtype='float32', or backend='cpu'."
+            )
+        tile = replace(tile, positions=tile.positions // 2)
+    return tile, True

@@ -55,6 +55,25 @@ def embed(
 
 
 @triton.jit
+def keep_hidden(
+    hidden,  # [B, S, D] of a float type, out at pos; slots SLOT_STRIDE apart
+    x,  # [B, D] float32
+    pos,  # [B] int32
+    SLOT_STRIDE: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """hidden[pos] = x; grid (cdiv(D, BLOCK), B)"""
+    slot = tl.program_id(1)
+    column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    mask = column < D
+    at = tl.maximum(tl.load(pos + slot), 0).to(tl.int64)
+    value = tl.load(x + slot * D + column, mask=mask)
+    line = hidden + slot.to(tl.int64) * SLOT_STRIDE + at * D
+    tl.store(line + column, value.to(hidden.dtype.element_ty), mask=mask)
+
+
+@triton.jit
 def philox(seed, step, slot):
     """The 64 bits (uint64) of which reference.philox_uniform takes the upper 53: Philox4x32-10 (Salmon et al. 2011)."""
     key0, key1 = seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF

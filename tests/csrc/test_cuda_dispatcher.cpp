@@ -278,6 +278,23 @@ TEST(cuda_dispatcher, "driven from outside, a step has run when the call returns
   });
 }
 
+TEST(cuda_dispatcher,
+     "a generation starts with no slot finished, whoever drives it and whatever came before") {
+  on_both([] {
+    Gpu gpu({0, 7});
+    gpu.eos = {3, 9};
+    CHECK(gpu.run(gpu.spec(100)) == (Tokens{1, 8, 2, 9, 3, 0}));
+    gpu.prefill({0, 7});
+    CHECK(gpu.run(gpu.spec(1)) == (Tokens{1, 8, 2, 9}));
+    const Tokens before = gpu.host_pos;
+    gpu.dispatcher->begin();
+    gpu.dispatcher->commit({true, false});
+    gpu.dispatcher->begin();
+    gpu.dispatcher->commit({false, false});
+    CHECK(gpu.host_pos == (Tokens{before[0] + 2, before[1] + 2}));
+  });
+}
+
 TEST(cuda_dispatcher, "refuses what does not fit") {
   const Fake fake;
   Gpu gpu({0, 0});

@@ -59,6 +59,23 @@ def test_shared_memory_fits_a_block(measured, job):
     assert measured[job].blocks >= 1
 
 
+@pytest.mark.parametrize("head_dim", [80, 256, 512])
+@pytest.mark.parametrize("arch", [80, 86])  # sm_89 and sm_90 have their tiles
+def test_attention_takes_the_shared_memory_that_its_tile_was_chosen_by(arch, head_dim):
+    from d3rt.kernels.cuda import plans, tiles
+
+    def tensor(*sizes, dtype=torch.float32):
+        return torch.empty(*sizes, dtype=dtype, device="meta")
+
+    cache = tensor(1, 2, budgets.LENGTH, head_dim, dtype=torch.float16)
+    q, pos = tensor(1, 6, head_dim), tensor(1, dtype=torch.int32)
+    made = budgets.inspected(plans.attention(arch, q, q, cache, cache, pos, 1.0, 0)[0], arch)
+    tile, _ = tiles.attention_tile(arch, 3, head_dim, True)
+    taken = tiles.attention_shared_bytes(tile, 16, tiles.power_of_2(head_dim))
+    assert made.shared <= taken <= tiles.SHARED_LIMIT[arch]
+    assert made.stack == 0
+
+
 @pytest.mark.parametrize("job", [job for job in JOBS if job.startswith("attention")])
 def test_attention_runs_on_tensor_cores_where_triton_has_them(measured, job):
     """Elsewhere Triton makes FMAs of tl.dot, so the kernel has a way of its own; and float32 is not rounded."""

@@ -20,6 +20,7 @@ pytest.importorskip("triton", reason="triton is not installed")
 
 from d3rt import _C  # noqa: E402
 from d3rt.kernels.cuda import compiled, plans, tokens  # noqa: E402
+from d3rt.kernels.cuda.launch import Launch  # noqa: E402
 
 LONG = 60.0  # seconds; a test that waits this long has hung
 AHEAD = 4
@@ -45,12 +46,12 @@ def context(fake):
     return _C.cuda.Context(_C.cuda.Driver(fake.path), 0)
 
 
-def load(context, launch: plans.Launch):
+def load(context, launch: Launch):
     made = compiled.compile(launch, context.arch)
     return _C.cuda.Kernel(context, made.cubin, made.name, made.shared, 32 * made.warps), made
 
 
-def record(context, tape, launch: plans.Launch):
+def record(context, tape, launch: Launch):
     """Adds a launch that needs no working memory."""
     kernel, _ = load(context, launch)
     tape.add(launch.op, kernel, launch.grid, [tensor.data_ptr() for tensor in launch.arguments.values()])

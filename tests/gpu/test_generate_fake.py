@@ -265,3 +265,20 @@ def test_memory_of_graphs_and_working_memory_is_reported(gpu):
         launch.partials for launch in fast._rows[1].first_logits.recorded.launches
     )
     assert fast.programs()[0].device_bytes >= 0
+
+
+@pytest.mark.parametrize("kv_fill", ["eager", "deferred", "recompute"])
+def test_a_conversation_is_the_oracles(gpu, kv_fill):
+    fast = runtime(D3, kv_fill=kv_fill)
+    session, plans = fast.session(), D3.schedule(5, 8).plans(kv_fill)
+    conversation = oracle.Conversation.new(stories260k.load(torch.float32), exact=kv_fill == "recompute")
+    for new in (PROMPT, OTHER):
+        reply = session.send(new, max_new_tokens=8, eos_token_id=None)
+        assert list(reply.tokens) == conversation.send([*conversation.ids, *new], plans).tokens
+        fast.generate(torch.tensor([OTHER]), max_new_tokens=2)  # takes the cache, and gives it back
+    assert {program.mode for program in fast.programs()} == {"graph"}
+
+
+def test_rows_that_change_places_are_refused_by_name(gpu):
+    with pytest.raises(d3rt.UnsupportedOptionError, match="serve_batch.*'cuda' has not"):
+        runtime().serve_batch()

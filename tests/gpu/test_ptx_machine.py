@@ -21,6 +21,7 @@ def kernel(body: str, threads: int = 64) -> str:
 .reqntid {threads}
 {{
 	.reg .pred 	%p<9>;
+	.reg .b16 	%rs<9>;
 	.reg .b32 	%r<30>;
 	.reg .b64 	%rd<30>;
 	ld.param.b64 	%rd1, [hand_param_0];
@@ -77,6 +78,20 @@ def test_a_block_passes_values_through_shared_memory():
     target = torch.zeros(64, dtype=torch.int32)
     run(f"{OWN} {LOAD} {KEEP} bar.sync 0; {REVERSED} {FETCH} {STORE}", ints(64), target)
     assert torch.equal(target, ints(64).flip(0))
+
+
+@pytest.mark.parametrize("used, junk", [("%rs2, _", 0), ("_, %rs2", 0x7FFF)], ids=["other half", "that half"])
+def test_a_half_that_no_instruction_writes_may_be_packed_but_shows_where_it_is_used(used, junk):
+    """As ptxas may be given it: the compiler packs what it knows nobody looks at."""
+    body = f"""{OWN}
+	mov.b16 	%rs1, 0;
+	mov.b32 	%r4, {{%rs1, %rs8}};
+	mov.b32 	{{{used}}}, %r4;
+	cvt.u32.u16 	%r10, %rs2;
+	{STORE}"""
+    target = torch.ones(64, dtype=torch.int32)
+    run(body, ints(64), target)
+    assert target.tolist() == [junk] * 64
 
 
 @pytest.mark.parametrize(

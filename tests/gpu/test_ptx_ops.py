@@ -12,11 +12,10 @@ import native_ops
 import packed_cases
 import ptx_jobs
 import pytest
+import token_ops
 import torch
 
-from d3rt.backends.reference import choose
-from d3rt.errors import NotFiniteError
-from d3rt.kernels import cases, reference
+from d3rt.kernels import cases
 from d3rt.sampling import SamplingParams
 
 pytest.importorskip("triton", reason="triton is not installed")
@@ -101,13 +100,6 @@ def test_gives_the_same_bits_in_every_order_of_blocks(job):
 # -- the token ---------------------------------------------------------------------------------------------------------
 
 
-def chosen(logits, params, seen, step, slot) -> int:
-    try:
-        return choose(logits, params, seen, step, slot)
-    except NotFiniteError as error:
-        return -2 if "temperature" in str(error) else -1
-
-
 @each_arch
 @pytest.mark.parametrize(
     "params",
@@ -134,31 +126,14 @@ def test_sample_is_the_references(arch, params, vocab):
     device = Device(arch)
     Emitted(device).sample(token, logits, settings, step, mask if penalised else None, params.do_sample)
     none = [set()] * 3
-    expected = [chosen(logits[i], params, (seen if penalised else none)[i], 11, i) for i in range(3)]
+    expected = [
+        token_ops.chosen(logits[i], params, (seen if penalised else none)[i], 11, i) for i in range(3)
+    ]
     assert token.tolist() == expected
 
 
 @each_arch
 def test_advance_is_the_references_and_hands_the_tokens_on(arch):
     ops = Emitted(Device(arch))
-    finished = torch.tensor([False, True, False])
-    token, pos = torch.tensor([1, 2, 3], dtype=torch.int32), torch.tensor([7, 8, 9], dtype=torch.int32)
-    expected = token.clone(), pos.clone()
-    following = torch.tensor([4, 5, 6], dtype=torch.int32)
-    reference.advance(*expected, following, finished)
-    ops.advance(token, pos, following, finished)
-    assert torch.equal(token, expected[0]) and torch.equal(pos, expected[1])
-    state = dict(
-        token=torch.zeros(3, dtype=torch.int32),
-        pos=torch.tensor([5, 6, 7], dtype=torch.int32),
-        finished=torch.zeros(3, dtype=torch.bool),
-        eos=torch.tensor([2, 9], dtype=torch.int32),
-        pad=11,
-        step=torch.zeros(1, dtype=torch.int32),
-        ring=torch.full((2, 3), -7, dtype=torch.int32),
-    )
-    for tokens in ([4, 9, 4], [4, 4, -1], [2, 4, 4]):
-        ops.advance(next_token=torch.tensor(tokens, dtype=torch.int32), **state)
-    assert state["ring"].tolist() == [[2, 11, 11], [4, 11, -1]]
-    assert state["pos"].tolist() == [8, 7, 9] and state["step"].item() == 3
-    assert state["token"].tolist() == [2, 11, 11] and state["finished"].all()
+    token_ops.assert_advance_is_the_references(ops)
+    token_ops.assert_advance_finishes_at_an_end_token_and_hands_the_tokens_on(ops)

@@ -18,7 +18,7 @@ pytest.importorskip("triton", reason="triton is not installed")
 from d3rt.backends import cuda_record  # noqa: E402
 from d3rt.backends.cuda_record import Kernels, Recorded, Recorder, Working, progress  # noqa: E402
 from d3rt.backends.cuda_slots import Kind, SlotBuffers  # noqa: E402
-from d3rt.kernels.cuda.plans import COUNTERS, PARTIALS  # noqa: E402
+from d3rt.kernels.cuda.launch import COUNTERS, PARTIALS  # noqa: E402
 
 CPU = torch.device("cpu")
 B, D, S = 2, 64, 32

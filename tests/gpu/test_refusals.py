@@ -15,7 +15,7 @@ import d3rt.backends
 from d3rt.backends import cuda_device, make_backend
 from d3rt.backends.base import Needs
 from d3rt.backends.cuda_device import Found, find, torch_runs_on
-from d3rt.errors import BackendUnavailableError, CudaError, UnsupportedOptionError
+from d3rt.errors import BackendUnavailableError, CudaError, UnsupportedModelError, UnsupportedOptionError
 
 GIB = 2**30
 CUDA_13 = ["sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120"]
@@ -181,6 +181,26 @@ def test_bfloat16_is_refused_on_a_v100_and_float16_is_the_way_out():
 def test_an_int8_cache_is_refused_by_name():
     with pytest.raises(UnsupportedOptionError, match="kv_cache_dtype='int8'.*float16 or bfloat16"):
         backend().admit(needs(cache=torch.int8))
+
+
+@pytest.mark.parametrize("arch", [70, 80])
+def test_heads_that_are_too_wide_are_refused_by_name(arch):
+    with pytest.raises(
+        UnsupportedModelError, match="backend 'cuda': head_dim 640: .*512 values at most; use backend='cpu'"
+    ):
+        backend(arch).admit(replace(needs(), head_dim=640))
+    backend(arch).admit(replace(needs(), head_dim=512))
+
+
+def test_heads_that_shared_memory_has_no_room_for_are_refused_by_name():
+    shared_by_many = replace(needs(), head_dim=512, group=64)
+    with pytest.raises(
+        UnsupportedModelError,
+        match="head_dim 512 with 64 query heads.*takes 133120 bytes.* sm_86 has 101376; .*'float32'",
+    ):
+        backend(86).admit(shared_by_many)
+    backend(80).admit(shared_by_many)
+    backend(86).admit(replace(shared_by_many, cache_dtype=torch.float32))
 
 
 def test_too_little_memory_is_told_part_by_part():

@@ -12,11 +12,10 @@ from unittest import mock
 import native_ops
 import packed_cases
 import pytest
+import token_ops
 import torch
 
-from d3rt.backends.reference import choose
-from d3rt.errors import NotFiniteError
-from d3rt.kernels import cases, reference
+from d3rt.kernels import cases
 from d3rt.kernels.cases import Case
 from d3rt.sampling import SamplingParams
 
@@ -35,7 +34,9 @@ ALL = [
     if case.dtype == torch.float32
     for dtype in DTYPES
 ]
-LONG = [case for case in ALL if (case.K or case.D) >= 129 and case.op not in ("embed", "attention")]
+LONG = [
+    case for case in ALL if (case.K or case.D) >= 129 and case.op not in ("embed", "attention", "keep_hidden")
+]
 ARCHS = {70: "without tensor cores", 80: "with tensor cores"}  # the two ways that attention goes
 each_arch = pytest.mark.parametrize("arch", ARCHS, ids=ARCHS.get)
 INF = float("inf")
@@ -227,13 +228,6 @@ def sampled(logits, params: SamplingParams, step: int = 0, seen=None) -> list[in
     return token.tolist()
 
 
-def chosen(logits, params, seen, step, slot) -> int:
-    try:
-        return choose(logits, params, seen, step, slot)
-    except NotFiniteError as error:
-        return -2 if "temperature" in str(error) else -1
-
-
 @pytest.mark.parametrize("vocab", [1, 2, 17, 4097])
 def test_greedy_takes_the_lowest_of_equal_tokens(vocab):
     logits = torch.zeros(2, vocab)
@@ -277,36 +271,16 @@ def test_a_draw_is_the_references(seed):
     seen = [rng.sample(range(vocab), min(vocab, 3)) for _ in logits]
     step = rng.getrandbits(20)
     penalised = params.repetition_penalty != 1.0
-    expected = [chosen(row, params, set(seen[i]), step, i) for i, row in enumerate(logits)]
+    expected = [token_ops.chosen(row, params, set(seen[i]), step, i) for i, row in enumerate(logits)]
     assert sampled(logits, params, step, seen if penalised else None) == expected
 
 
 def test_advance_is_the_references():
-    finished = torch.tensor([False, True, False])
-    token, pos = torch.tensor([1, 2, 3], dtype=torch.int32), torch.tensor([7, 8, 9], dtype=torch.int32)
-    next_token = torch.tensor([4, 5, 6], dtype=torch.int32)
-    expected = token.clone(), pos.clone()
-    reference.advance(*expected, next_token, finished)
-    Interpreted(80).advance(token, pos, next_token, finished)
-    assert torch.equal(token, expected[0]) and torch.equal(pos, expected[1])
-    assert finished.tolist() == [False, True, False]
+    token_ops.assert_advance_is_the_references(Interpreted(80))
 
 
 def test_advance_finishes_at_an_end_token_and_hands_the_tokens_on():
-    state = dict(
-        token=torch.zeros(3, dtype=torch.int32),
-        pos=torch.tensor([5, 6, 7], dtype=torch.int32),
-        finished=torch.zeros(3, dtype=torch.bool),
-        eos=torch.tensor([2, 9], dtype=torch.int32),
-        pad=11,
-        step=torch.zeros(1, dtype=torch.int32),
-        ring=torch.full((2, 3), -7, dtype=torch.int32),
-    )
-    for tokens in ([4, 9, 4], [4, 4, -1], [2, 4, 4]):
-        Interpreted(80).advance(next_token=torch.tensor(tokens, dtype=torch.int32), **state)
-    assert state["ring"].tolist() == [[2, 11, 11], [4, 11, -1]]  # steps 2 and 1; 0 is overwritten
-    assert state["pos"].tolist() == [8, 7, 9] and state["step"].item() == 3
-    assert state["token"].tolist() == [2, 11, 11] and state["finished"].all()
+    token_ops.assert_advance_finishes_at_an_end_token_and_hands_the_tokens_on(Interpreted(80))
 
 
 # -- refusals ----------------------------------------------------------------------------------------------------------

@@ -50,6 +50,12 @@ def _elementwise(operands: Operands, instruction: Instruction):
     return execute
 
 
+def _or_junk(operands: Operands, name: str, half: str) -> str:
+    """A half that no instruction writes is the compiler's undef: it knows that nobody looks at that half. `unset` is of
+    whole registers, so a NaN goes there instead, which shows if somebody does."""
+    return name if name in operands.program.written or not name.startswith("%") else JUNK[half]
+
+
 def _move(operands: Operands, instruction: Instruction):
     target, source = instruction.operands
     kind = instruction.parts[-1]
@@ -71,7 +77,7 @@ def _move(operands: Operands, instruction: Instruction):
             high(m, (value >> width).astype(part), mask, unset)
 
         return split
-    (low, high), registers = operands.sources(source, half)
+    (low, high), registers = operands.sources([_or_junk(operands, name, half) for name in source], half)
     put = operands.target(target, kind)
 
     def join(m, mask):
@@ -81,6 +87,7 @@ def _move(operands: Operands, instruction: Instruction):
     return join
 
 
+JUNK = {"b16": "0x7fff", "b32": "0x7fffffff"}  # NaN in each 16-bit and 32-bit float type
 _MAKERS = {"mov": _move, **loads.MAKERS, **warps.MAKERS}
 
 

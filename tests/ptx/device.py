@@ -64,7 +64,7 @@ class Device:
 
     def launch(self, launch, reachable: dict[str, Tensor] | None = None) -> Machine:
         """reachable: tensors behind the launch's tables of addresses."""
-        from d3rt.kernels.cuda.plans import COUNTERS, PARTIALS
+        from d3rt.kernels.cuda.launch import COUNTERS, PARTIALS
 
         # Exactly what the launch asked for, so that more would be out of bounds; NaN where nothing is written.
         self.partials = torch.full((launch.partials,), float("nan"))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 from ptx.errors import PtxError
 
@@ -45,6 +45,17 @@ class Program:
     registers: dict[str, str]  # prefix of the name, "r" for %r7, to its type: pred, b16, b32, b64
     code: tuple[Instruction, ...]
     labels: dict[str, int]  # to an index in code; len(code) is the end
+
+    @cached_property
+    def written(self) -> frozenset[str]:
+        """The registers that some instruction writes."""
+        targets = [each.operands[0] for each in self.code if each.operands]
+        return frozenset(
+            name
+            for at in targets
+            if not isinstance(at, Address)
+            for name in (at if isinstance(at, tuple) else (at,))
+        )
 
 
 def _operand(text: str) -> Operand:
