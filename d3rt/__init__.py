@@ -35,6 +35,7 @@ from d3rt.policies import (
 )
 
 if TYPE_CHECKING:
+    from d3rt import search
     from d3rt.models.loading import demo_model, load_model
     from d3rt.result import GenerateOutput, GenerationStats
     from d3rt.runtime import Runtime, compile, load
@@ -50,6 +51,7 @@ _LAZY = {
     "load_model": "d3rt.models.loading",
     "GenerateOutput": "d3rt.result",
     "GenerationStats": "d3rt.result",
+    "search": "d3rt.search",
 }
 
 __all__ = [
@@ -78,13 +80,15 @@ __all__ = [
     "load",
     "load_model",
     "parse",
+    "search",
 ]
 
 
 def __getattr__(name: str) -> Any:
     if name not in _LAZY:
         raise AttributeError(f"module 'd3rt' has no attribute {name!r}")
-    value = getattr(import_module(_LAZY[name]), name)
+    module = import_module(_LAZY[name])
+    value = module if module.__name__ == f"d3rt.{name}" else getattr(module, name)
     globals()[name] = value
     return value
 

@@ -34,7 +34,16 @@ FLOORS = {
         "d3rt.storage",
     ),
     4: ("d3rt.runtime",),
-    5: ("d3rt.cli", "d3rt.__main__", "d3rt.demo", "d3rt.bench", "d3rt.planning", "d3rt.plots"),
+    5: (
+        "d3rt.cli",
+        "d3rt.__main__",
+        "d3rt.demo",
+        "d3rt.bench",
+        "d3rt.planning",
+        "d3rt.plots",
+        "d3rt.progress",
+        "d3rt.search",
+    ),
 }
 FLOOR_OF = {name: floor for floor, names in FLOORS.items() for name in names}
 FILES = {
