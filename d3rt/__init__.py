@@ -35,7 +35,7 @@ from d3rt.policies import (
 )
 
 if TYPE_CHECKING:
-    from d3rt import search
+    from d3rt import evaluation, search
     from d3rt.models.loading import demo_model, load_model
     from d3rt.result import GenerateOutput, GenerationStats
     from d3rt.runtime import Runtime, compile, load
@@ -52,6 +52,7 @@ _LAZY = {
     "GenerateOutput": "d3rt.result",
     "GenerationStats": "d3rt.result",
     "search": "d3rt.search",
+    "evaluation": "d3rt.evaluation",
 }
 
 __all__ = [
@@ -77,6 +78,7 @@ __all__ = [
     "UnsupportedOptionError",
     "compile",
     "demo_model",
+    "evaluation",
     "load",
     "load_model",
     "parse",

@@ -39,6 +39,7 @@ FLOORS = {
         "d3rt.__main__",
         "d3rt.demo",
         "d3rt.bench",
+        "d3rt.evaluation",
         "d3rt.planning",
         "d3rt.plots",
         "d3rt.progress",
