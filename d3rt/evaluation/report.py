@@ -294,12 +294,12 @@ def _notes(name: str, task: Mapping[str, Any]) -> list[str]:
             )
         for arm, figure in arms.items():
             against = figure.get("against_full")
-            if not against or metric in ("harness", "nll"):
+            if not against or metric in ("harness", "nll", "agree", "kl"):
                 continue
-            if share and 0 < against["worse"] + against["better"] < LEAST_DISCORDANT:
+            if share and 0 < (differing := against["worse"] + against["better"]) < LEAST_DISCORDANT:
                 notes.append(
-                    f"{name}, {TITLES[metric]}, `{arm}`: only {against['worse'] + against['better']} items differ from "
-                    "full depth: too few for any p below 0.05."
+                    f"{name}, {TITLES[metric]}, `{arm}`: differs from full depth on {differing} item"
+                    f"{'' if differing == 1 else 's'}: too few for any p below 0.05."
                 )
             elif not share and figure["count"] < LEAST_DISCORDANT:
                 notes.append(

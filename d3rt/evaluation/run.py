@@ -69,8 +69,9 @@ def _run(tasks: list[Task], journal: Journal, progress: bool) -> None:
         for name, unit in units:
             bar.say(name)
             if not all((name, item, arm) in journal.results for item, arm in unit.keys):
-                for item, arm, result in unit.run():
-                    journal.add(name, item, arm, result)
+                for item, arm, result in unit.run():  # of a unit that was cut short, what was kept stands
+                    if (name, item, arm) not in journal.results:
+                        journal.add(name, item, arm, result)
             bar.advance()
 
 
