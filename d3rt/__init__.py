@@ -36,6 +36,7 @@ from d3rt.policies import (
 )
 
 if TYPE_CHECKING:
+    from d3rt import evaluation, search
     from d3rt.models.loading import demo_model, load_model
     from d3rt.result import GenerateOutput, GenerationStats
     from d3rt.row_batch import RowBatch
@@ -56,6 +57,8 @@ _LAZY = {
     "Session": "d3rt.session",
     "GenerateOutput": "d3rt.result",
     "GenerationStats": "d3rt.result",
+    "search": "d3rt.search",
+    "evaluation": "d3rt.evaluation",
 }
 
 __all__ = [
@@ -85,16 +88,19 @@ __all__ = [
     "UnsupportedOptionError",
     "compile",
     "demo_model",
+    "evaluation",
     "load",
     "load_model",
     "parse",
+    "search",
 ]
 
 
 def __getattr__(name: str) -> Any:
     if name not in _LAZY:
         raise AttributeError(f"module 'd3rt' has no attribute {name!r}")
-    value = getattr(import_module(_LAZY[name]), name)
+    module = import_module(_LAZY[name])
+    value = module if module.__name__ == f"d3rt.{name}" else getattr(module, name)
     globals()[name] = value
     return value
 

@@ -239,19 +239,12 @@ def teacher_forced(runtime: Runtime, tokens: Tensor, progress: Callable[[], None
     of the chosen one: quantised activations exist only there. A row's first token goes through the prefill.
     progress: called after each step.
     """
-    count, length = tokens.shape
-    plans = runtime.policy.schedule(runtime.config.num_hidden_layers, length - 1).plans(runtime.kv_fill)
     losses = []
-    with runtime._exclusive():
-        rows = runtime._for_rows(count)
-        runtime._prefill(list(tokens[:, :1]), plans[0].layer_set, rows)
-        rows.loop.begin()
-        for step, target in enumerate(tokens[:, 1:].T):
-            if step > 0:
-                rows.loop.commit(tokens[:, step].tolist(), [False] * count)
-                rows.loop.step(rows.number(plans[step]))
-            losses.append(F.cross_entropy(rows.buffers.logits.cpu(), target, reduction="none").double())
-            progress()
+    for logits, target in zip(
+        runtime.forced_logits(list(tokens[:, :1]), tokens[:, 1:]), tokens[:, 1:].T, strict=True
+    ):
+        losses.append(F.cross_entropy(logits, target, reduction="none").double())
+        progress()
     return torch.stack(losses, dim=1)
 
 

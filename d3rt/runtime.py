@@ -16,7 +16,7 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -346,6 +346,50 @@ class Runtime:
         if text is not None and (piece := text.end()):
             yield piece
 
+    # -- scoring given tokens --------------------------------------------------------------------------------------
+
+    def forced_logits(self, prompts: Sequence[Tensor], tokens: Tensor) -> Iterator[Tensor]:
+        """Yields the logits float32 [B, V], in host memory, from which step i would choose its tokens, for each i.
+
+        The steps are those that `generate` replays, at the depth that the policy gives them; but step i chooses
+        tokens[:, i], of int64 [B, N], whatever the logits say. prompts: int64 [T_row], one for each row, not empty.
+        `last_run` is as after `generate`.
+        """
+        count, length = tokens.shape
+        forced = _Forced(count, [prompt.cpu() for prompt in prompts])
+        longest = max(map(len, forced.prompts), default=0) + length
+        if len(prompts) != count or not 1 <= count <= self.batch_size or not all(map(len, forced.prompts)):
+            raise ValueError(
+                f"forced_logits: {len(prompts)} prompts and {count} rows of tokens: there must be as many, 1 to "
+                f"{self.batch_size} (batch_size), and no prompt may be empty."
+            )
+        if length < 1 or longest > self.max_seq_len:
+            raise ValueError(
+                f"forced_logits: the longest row has {longest} tokens, {length} of them forced; there must be at least "
+                f"1 of these, and at most max_seq_len={self.max_seq_len} in all."
+            )
+        plans = self.policy.schedule(self.config.num_hidden_layers, length).plans(self.kv_fill)
+        with self._exclusive():
+            rows = self._for_rows(count)
+            programs = [rows.number(plan) for plan in plans[1:]]
+            self._prepare(rows, programs, None, ())
+            begin = time.perf_counter()
+            self._prefill(forced.prompts, plans[0].layer_set, rows)
+            prefill_seconds = time.perf_counter() - begin
+            step_seconds = [0.0]
+            rows.loop.begin()
+            try:
+                yield rows.buffers.logits.to("cpu", copy=True)
+                for step in range(1, length):
+                    begin = time.perf_counter()
+                    rows.loop.commit(tokens[:, step - 1].tolist(), [False] * count)
+                    rows.loop.step(programs[step - 1])
+                    logits = rows.buffers.logits.to("cpu", copy=True)
+                    step_seconds.append(time.perf_counter() - begin)
+                    yield logits
+            finally:
+                self._note(forced, plans, rows, prefill_seconds, step_seconds)
+
     def _encode(self, prompt: Any) -> Tensor:
         if isinstance(prompt, Tensor):
             return prompt if prompt.dim() == 2 else prompt.unsqueeze(0)
@@ -520,9 +564,7 @@ class Runtime:
         """
         rows = self._for_rows(request.batch)
         programs = [rows.number(plan) for plan in plans[1:]]
-        if not rows.loop.preparing_keeps_cache:
-            self._lend(None)
-        rows.loop.prepare(programs, None if request.stepwise else request.sampling, request.eos_tokens)
+        self._prepare(rows, programs, None if request.stepwise else request.sampling, request.eos_tokens)
         begin = time.perf_counter()
         (read or self._prefill)(request.prompts, plans[0].layer_set, rows)
         prefill_seconds = time.perf_counter() - begin
@@ -557,6 +599,14 @@ class Runtime:
             there = [prompt.to(self.backend.device) for prompt in prompts]
             self._decoder.prefill(there, layers, self._cache, rows.buffers, PREFILL_CHUNK_TOKENS, starts)
             rows.first_logits.replay()
+
+    def _prepare(
+        self, rows: Rows, programs: Sequence[int], sampling: SamplingParams | None, eos_tokens: Sequence[int]
+    ) -> None:
+        """Loop.prepare; a session whose K,V that might change has them put away."""
+        if not rows.loop.preparing_keeps_cache:
+            self._lend(None)
+        rows.loop.prepare(programs, sampling, eos_tokens)
 
     def _lend(self, session: Session | None) -> None:
         """Makes line 0 of the cache this session's, or nobody's; whose it was puts its K,V away."""
@@ -730,7 +780,7 @@ class Runtime:
             sampling = SamplingParams(
                 do_sample=bool(defaults.do_sample), repetition_penalty=defaults.repetition_penalty or 1.0
             )
-            kept.loop.prepare(numbers, sampling, ())
+            self._prepare(kept, numbers, sampling, ())
         return sum(1 for _ in kept.recorded())
 
     def programs(self) -> list[ProgramInfo]:
@@ -765,6 +815,14 @@ class Runtime:
                 for w in layer.matrices()
             ),
         )
+
+
+@dataclass(frozen=True)
+class _Forced:
+    """What `_note` needs to know of a run over given tokens."""
+
+    batch: int
+    prompts: Sequence[Tensor]
 
 
 def _choose(scores: Tensor, sampling: SamplingParams, step: int, slot: int) -> int:

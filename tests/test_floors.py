@@ -37,7 +37,17 @@ FLOORS = {
         "d3rt.cached_sequence",
     ),
     4: ("d3rt.runtime", "d3rt.session", "d3rt.row_batch"),
-    5: ("d3rt.cli", "d3rt.__main__", "d3rt.demo", "d3rt.bench", "d3rt.planning", "d3rt.plots"),
+    5: (
+        "d3rt.cli",
+        "d3rt.__main__",
+        "d3rt.demo",
+        "d3rt.bench",
+        "d3rt.evaluation",
+        "d3rt.planning",
+        "d3rt.plots",
+        "d3rt.progress",
+        "d3rt.search",
+    ),
 }
 FLOOR_OF = {name: floor for floor, names in FLOORS.items() for name in names}
 FILES = {

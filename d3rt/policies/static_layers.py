@@ -1,7 +1,7 @@
 """StaticLayers: one fixed set of layers or sublayers, the same at every step.
 
 Any set found elsewhere runs through this: pruned models (ShortGPT, LayerDrop), drafts of self-speculative
-decoding, a searched set. How such a set is found is not d3rt's concern.
+decoding, a searched set. d3rt/search finds such sets; this file knows nothing of it.
 """
 
 from __future__ import annotations

@@ -103,7 +103,7 @@ def test_python_m_d3rt_is_the_command():
 
 def test_help_lists_the_commands():
     result = call("--help")
-    for command in ("generate", "policy", "plan", "info", "demo"):
+    for command in ("generate", "eval", "policy", "plan", "info", "demo"):
         assert command in result.stdout
 
 
