@@ -279,7 +279,7 @@ PYBIND11_MODULE(_C, m) {
         Tape tape(std::move(pool), arena, cpu::kernels_for(isa));
         tape.record(Unpack{arena->view(out), arena->matrix(w)});
         py::gil_scoped_release release;
-        tape.replay();
+        tape.replay_beside_torch();
       },
       py::arg("pool"), py::arg("out"), py::arg("w"), py::arg("isa") = "",
       "out [N, K] float32 or bfloat16 = a PackedMatrix [N, K] as floats, at once.");
@@ -304,7 +304,7 @@ PYBIND11_MODULE(_C, m) {
         Tape tape(std::move(pool), arena, cpu::kernels_for(isa));
         tape.record(Linear{arena->view(out), arena->view(a), arena->matrix(w)});
         py::gil_scoped_release release;
-        tape.replay();
+        tape.replay_beside_torch();
       },
       py::arg("pool"), py::arg("out"), py::arg("a"), py::arg("w"), py::arg("isa") = "",
       "out [T, N] = a [T, K] times a PackedMatrix [N, K]^T, at once.");

@@ -140,9 +140,8 @@ class Binder {
   const Arena& arena_;
 };
 
-// What a thread needs for quantised activations, and for normed ones (cpu/gemv.h: prepare, norm_input).
-int64_t quantised_floats(int64_t B, int64_t cols) { return B * cols / 16 * cpu::kQuantisedFloatsPer16; }
-int64_t norm_scratch(int64_t B, int64_t D) { return B * D + quantised_floats(B, D); }
+// What a thread needs for normed activations (cpu/gemv.h: norm_input).
+int64_t norm_scratch(int64_t B, int64_t D) { return B * D + cpu::prepared_floats(B, D); }
 
 // A guard: every index[b] must lie in [0, limit).
 std::function<void()> guard_range(const char* op, const char* name, const int32_t* index, int64_t count,
@@ -274,7 +273,7 @@ Node bind(const ProjAdd& op, const Arena& arena, const cpu::Kernels& kernels, in
   args.a = to.f32("a", op.a, {B, -1});
   args.w = to.matrix("w", op.w, op.x.size(1), op.a.size(1), op.bias);
   args.B = static_cast<int>(B);
-  return node("proj_add", 1, num_threads * quantised_floats(B, args.w.cols), kernels.proj_add, args);
+  return node("proj_add", 1, num_threads * cpu::prepared_floats(B, args.w.cols), kernels.proj_add, args);
 }
 
 Node bind(const NormGateUp& op, const Arena& arena, const cpu::Kernels& kernels, int num_threads) {
@@ -417,7 +416,7 @@ Node bind(const Linear& op, const Arena& arena, const cpu::Kernels& kernels, int
   if (op.w.format.empty()) to.refuse("w must be packed; plain weights go through torch");
   args.w = to.matrix("w", op.w, op.out.size(1), op.a.size(1));
   args.T = static_cast<int>(T);
-  return node("linear", 2, quantised_floats(T, args.w.cols), kernels.linear, args);
+  return node("linear", 2, T * args.w.cols / 16 * cpu::kQuantisedFloatsPer16, kernels.linear, args);
 }
 
 Node bind(const Unpack& op, const Arena& arena, const cpu::Kernels& kernels, int) {

@@ -1,5 +1,7 @@
 #include "tape.h"
 
+#include "openmp.h"
+
 namespace d3rt {
 
 Tape::Tape(std::shared_ptr<ThreadPool> pool, std::shared_ptr<Arena> arena, const cpu::Kernels& kernels)
@@ -29,6 +31,27 @@ void Tape::replay() {
         }
       },
       this);
+}
+
+void Tape::replay_beside_torch() {
+  for (const Node& node : nodes_)
+    if (node.guard) node.guard();
+  struct Part {
+    const Node& node;
+    float* scratch;
+    int phase;
+  };
+  for (const Node& node : nodes_)
+    for (int phase = 0; phase < node.phases; ++phase) {
+      Part part{node, arena_->scratch(), phase};
+      const bool done = run_on_openmp(
+          [](void* context, int thread, int num_threads) {
+            const Part& part = *static_cast<const Part*>(context);
+            part.node.run(part.scratch, part.phase, thread, num_threads);
+          },
+          &part, pool_->size());
+      if (!done) return replay();  // which none of it has been yet: the first attempt already says no
+    }
 }
 
 }  // namespace d3rt

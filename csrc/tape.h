@@ -20,6 +20,9 @@ class Tape {
   // Runs every op in order on all threads of the pool. Throws InvalidArgument if token or pos is out of
   // range.
   void replay();
+  // The same on torch's OpenMP threads, if this process has some (openmp.h); for tapes whose scratch does not
+  // depend on the number of threads.
+  void replay_beside_torch();
 
   size_t size() const { return nodes_.size(); }
   const Node& node(size_t index) const { return nodes_.at(index); }

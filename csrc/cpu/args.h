@@ -34,6 +34,12 @@ constexpr int kGroup = 32;
 // group.
 constexpr int kQuantisedFloatsPer16 = 5;
 
+// Scratch for the activations of an op in the forms that its matrices want beside float32: quantised, and one
+// slot in the order of pairs (vec.h).
+static inline int64_t prepared_floats(int64_t B, int64_t cols) {
+  return B * cols / 16 * kQuantisedFloatsPer16 + cols;
+}
+
 // One weight matrix [rows, cols]; bias [rows] or null. Plain: as torch.nn.Linear keeps it, `stride` elements
 // a row. Packed: cols is a multiple of kGroup; rows are padded to whole tiles in memory.
 struct Matrix {

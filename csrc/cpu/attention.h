@@ -56,18 +56,35 @@ D3RT_INLINE void products_of_four(const C* k, int64_t pos_stride, const float* q
   for (int h = 0; h < NQ; ++h) sum4(acc[h][0], acc[h][1], acc[h][2], acc[h][3], scores + h * kAttentionChunk);
 }
 
+// What a pass over a chunk's positions prefetches on its way: for each of them, as much of what is read next.
+// Evenly, because memory that is asked for in bursts stands still in between.
+struct Ahead {
+  const void* p;
+  int64_t bytes;  // a position
+  int positions;
+};
+D3RT_INLINE void prefetch_positions(const Ahead& ahead, int first, int count) {
+  if (first + count > ahead.positions) count = ahead.positions - first;
+  prefetch_lines(static_cast<const char*>(ahead.p) + first * ahead.bytes, count * ahead.bytes);
+}
+
 // The same for all of a chunk's positions; the last ones, if they are not four, by `dot`. paired: q in the
 // order of pairs, or null.
 template <int NQ, class C>
 D3RT_INLINE void products(const C* k, int64_t pos_stride, const float* q, const float* paired, int d,
-                          int positions, float (*scores)[kAttentionChunk]) {
+                          int positions, const Ahead& ahead, float (*scores)[kAttentionChunk]) {
   int t = 0;
   if (paired)
-    for (; t + 4 <= positions; t += 4)
+    for (; t + 4 <= positions; t += 4) {
+      prefetch_positions(ahead, t, 4);
       products_of_four<NQ, true>(k + t * pos_stride, pos_stride, paired, d, scores[0] + t);
+    }
   else
-    for (; t + 4 <= positions; t += 4)
+    for (; t + 4 <= positions; t += 4) {
+      prefetch_positions(ahead, t, 4);
       products_of_four<NQ, false>(k + t * pos_stride, pos_stride, q, d, scores[0] + t);
+    }
+  prefetch_positions(ahead, t, positions - t);
   for (; t < positions; ++t)
     for (int h = 0; h < NQ; ++h) scores[h][t] = dot(k + t * pos_stride, q + h * d, d);
 }
@@ -98,7 +115,7 @@ D3RT_INLINE void multiply_scales(const int8_t* lines, int64_t pos_stride, int po
 // out[q][column] = sum over positions of weights[q][t] * V[t][column], for NQ queries and NC vectors of
 // columns (the last of which may be cut short): all sums stay in registers.
 template <int NQ, int NC, class C>
-D3RT_INLINE void weigh_columns(const C* v, int64_t pos_stride, int positions,
+D3RT_INLINE void weigh_columns(const C* v, int64_t pos_stride, int positions, const Ahead& ahead,
                                float (*weights)[kAttentionChunk], int columns, float* out,
                                int64_t out_stride) {
   constexpr int kN = Vec::kLanes;
@@ -108,6 +125,7 @@ D3RT_INLINE void weigh_columns(const C* v, int64_t pos_stride, int positions,
   const int last = columns - (NC - 1) * kN;
   for (int t = 0; t < positions; ++t) {
     const C* row = v + t * pos_stride;
+    prefetch_positions(ahead, t, 1);
     for (int c = 0; c < NC; ++c) {
       const Vec value = c < NC - 1 || last == kN ? load(row + c * kN) : load_partial(row + c * kN, last);
       for (int h = 0; h < NQ; ++h) acc[h][c] = fma(set1(weights[h][t]), value, acc[h][c]);
@@ -125,14 +143,15 @@ D3RT_INLINE void weigh_columns(const C* v, int64_t pos_stride, int positions,
 
 // The same for NP pairs of vectors of columns from column `first` on.
 template <int NQ, int NP, class C>
-D3RT_INLINE void weigh_pairs(const C* v, int64_t pos_stride, int positions, float (*weights)[kAttentionChunk],
-                             int first, float* out, int64_t out_stride) {
+D3RT_INLINE void weigh_pairs(const C* v, int64_t pos_stride, int positions, const Ahead& ahead,
+                             float (*weights)[kAttentionChunk], int first, float* out, int64_t out_stride) {
   constexpr int kN = Vec::kLanes;
   Pair acc[NQ][NP];
   for (int h = 0; h < NQ; ++h)
     for (int c = 0; c < NP; ++c) acc[h][c] = {set1(0), set1(0)};
   for (int t = 0; t < positions; ++t) {
     const C* row = v + t * pos_stride + first;
+    prefetch_positions(ahead, t, 1);
     Vec weight[NQ];
     for (int h = 0; h < NQ; ++h) weight[h] = set1(weights[h][t]);
     for (int c = 0; c < NP; ++c) {
@@ -154,22 +173,22 @@ D3RT_INLINE void weigh_pairs(const C* v, int64_t pos_stride, int positions, floa
 }
 
 template <int NQ, class C>
-D3RT_INLINE void weigh_values(const C* v, int64_t pos_stride, int positions,
+D3RT_INLINE void weigh_values(const C* v, int64_t pos_stride, int positions, Ahead ahead,
                               float (*weights)[kAttentionChunk], int d, float* out, int64_t out_stride) {
   constexpr int kN = Vec::kLanes;
   if (in_pairs(d)) {
     int i = 0;
-    for (; i + 4 * kN <= d; i += 4 * kN)
-      weigh_pairs<NQ, 2>(v, pos_stride, positions, weights, i, out, out_stride);
-    if (i < d) weigh_pairs<NQ, 1>(v, pos_stride, positions, weights, i, out, out_stride);
+    for (; i + 4 * kN <= d; i += 4 * kN, ahead.positions = 0)
+      weigh_pairs<NQ, 2>(v, pos_stride, positions, ahead, weights, i, out, out_stride);
+    if (i < d) weigh_pairs<NQ, 1>(v, pos_stride, positions, ahead, weights, i, out, out_stride);
     return;
   }
-  for (int i = 0; i < d; i += 2 * kN) {
+  for (int i = 0; i < d; i += 2 * kN, ahead.positions = 0) {
     const int columns = d - i < 2 * kN ? d - i : 2 * kN;
     if (columns > kN)
-      weigh_columns<NQ, 2>(v + i, pos_stride, positions, weights, columns, out + i, out_stride);
+      weigh_columns<NQ, 2>(v + i, pos_stride, positions, ahead, weights, columns, out + i, out_stride);
     else
-      weigh_columns<NQ, 1>(v + i, pos_stride, positions, weights, columns, out + i, out_stride);
+      weigh_columns<NQ, 1>(v + i, pos_stride, positions, ahead, weights, columns, out + i, out_stride);
   }
 }
 
@@ -192,41 +211,52 @@ D3RT_INLINE float largest(const float* values, int n) {
 // Queries [count, d] in the order of pairs of a cache of C.
 template <class C>
 D3RT_INLINE void put_in_pairs(const float* q, int count, int d, float* out) {
-  for (int i = 0; i < d; ++i) {
-    const int at = paired(static_cast<const C*>(nullptr), i);
-    for (int h = 0; h < count; ++h) out[h * d + at] = q[h * d + i];
+  constexpr int kN = Vec::kLanes;
+  for (int64_t i = 0; i < static_cast<int64_t>(count) * d; i += 2 * kN) {
+    const Pair pair = pair_of(q + i, static_cast<const C*>(nullptr));
+    store(out + i, pair.first);
+    store(out + i + kN, pair.second);
   }
 }
 
-// The `positions` positions from element `at` of the cache on. paired_q: q in the order of pairs, used if
-// in_pairs(d). partial: d values, then maximum, then sum; one per query head of the group.
+// Some positions of one head: where they begin in the cache, in elements, and how many.
+struct Span {
+  int64_t at;
+  int positions;
+};
+
+// paired_q: q in the order of pairs, used if in_pairs(d). partial: d values, then maximum, then sum; one per
+// query head of the group. next: what is read after this.
 template <class C>
-D3RT_INLINE void attend_chunk(const AttentionArgs& a, int64_t at, const float* q, const float* paired_q,
-                              int queries, int positions, float* partial, int64_t partial_stride) {
+D3RT_INLINE void attend_chunk(const AttentionArgs& a, Span span, Span next, const float* q,
+                              const float* paired_q, int queries, float* partial, int64_t partial_stride) {
   constexpr int kN = Vec::kLanes;
-  const C* k = static_cast<const C*>(a.cache.k) + at;
-  const C* v = static_cast<const C*>(a.cache.v) + at;
+  const C* k = static_cast<const C*>(a.cache.k) + span.at;
+  const C* v = static_cast<const C*>(a.cache.v) + span.at;
+  const int positions = span.positions;
   const int64_t pos_stride = a.cache.pos_stride;
   const int d = a.d;
   alignas(64) float scores[kQueryGroup][kAttentionChunk];
-  // V is read next, in the same order; its lines come while K is multiplied.
-  prefetch_lines(v, positions * pos_stride * static_cast<int64_t>(sizeof(C)));
+  // V's lines come while K is multiplied, those of the next K while V is weighed.
+  const int64_t bytes = pos_stride * static_cast<int64_t>(sizeof(C));
+  Ahead ahead = {v, bytes, positions};
   for (int h = 0; h < queries; h += kQueryTile) {
     const float* some = q + h * d;
     const float* pairs = in_pairs(d) ? paired_q + h * d : nullptr;
     switch (queries - h) {
       case 1:
-        products<1>(k, pos_stride, some, pairs, d, positions, scores + h);
+        products<1>(k, pos_stride, some, pairs, d, positions, ahead, scores + h);
         break;
       case 2:
-        products<2>(k, pos_stride, some, pairs, d, positions, scores + h);
+        products<2>(k, pos_stride, some, pairs, d, positions, ahead, scores + h);
         break;
       case 3:
-        products<(kQueryTile > 3 ? 3 : 2)>(k, pos_stride, some, pairs, d, positions, scores + h);
+        products<(kQueryTile > 3 ? 3 : 2)>(k, pos_stride, some, pairs, d, positions, ahead, scores + h);
         break;
       default:
-        products<kQueryTile>(k, pos_stride, some, pairs, d, positions, scores + h);
+        products<kQueryTile>(k, pos_stride, some, pairs, d, positions, ahead, scores + h);
     }
+    ahead.positions = 0;
   }
   multiply_scales(k, pos_stride, positions, d, queries, a.scale, scores);
 
@@ -250,23 +280,24 @@ D3RT_INLINE void attend_chunk(const AttentionArgs& a, int64_t at, const float* q
     out[d + 1] = sum_of_weights;
   }
   if (sizeof(C) == 1) multiply_scales(v, pos_stride, positions, d, queries, 1.0f, scores);
-  // The next chunk of K, which is read next: most often by this very thread.
-  if (positions == kAttentionChunk) prefetch_lines(k + positions * pos_stride, kStreamAhead);
+  ahead = {static_cast<const C*>(a.cache.k) + next.at, bytes, next.positions};
   for (int h = 0; h < queries; h += kQueryTile) {
     float* out = partial + h * partial_stride;
     switch (queries - h) {
       case 1:
-        weigh_values<1>(v, pos_stride, positions, scores + h, d, out, partial_stride);
+        weigh_values<1>(v, pos_stride, positions, ahead, scores + h, d, out, partial_stride);
         break;
       case 2:
-        weigh_values<2>(v, pos_stride, positions, scores + h, d, out, partial_stride);
+        weigh_values<2>(v, pos_stride, positions, ahead, scores + h, d, out, partial_stride);
         break;
       case 3:
-        weigh_values<(kQueryTile > 3 ? 3 : 2)>(v, pos_stride, positions, scores + h, d, out, partial_stride);
+        weigh_values<(kQueryTile > 3 ? 3 : 2)>(v, pos_stride, positions, ahead, scores + h, d, out,
+                                               partial_stride);
         break;
       default:
-        weigh_values<kQueryTile>(v, pos_stride, positions, scores + h, d, out, partial_stride);
+        weigh_values<kQueryTile>(v, pos_stride, positions, ahead, scores + h, d, out, partial_stride);
     }
+    ahead.positions = 0;
   }
 }
 
@@ -292,6 +323,12 @@ static void attention(const AttentionArgs& a, float* scratch, int phase, int thr
   const auto last_chunk = [&](int slot) { return a.pos[slot] / kAttentionChunk; };
 
   if (phase == 0) {
+    const auto span_of = [&](int slot, int head, int chunk) {
+      const int begin = begin_of(slot), length = a.pos[slot] + 1;
+      const int from = chunk * kAttentionChunk > begin ? chunk * kAttentionChunk : begin;
+      const int to = (chunk + 1) * kAttentionChunk < length ? (chunk + 1) * kAttentionChunk : length;
+      return Span{head_offset(a.cache, slot, head) + from * a.cache.pos_stride, to - from};
+    };
     int64_t units = 0;
     for (int slot = 0; slot < a.B; ++slot) units += (last_chunk(slot) - first_chunk(slot) + 1) * a.G;
     const Range mine = share(units, thread, num_threads);
@@ -299,15 +336,18 @@ static void attention(const AttentionArgs& a, float* scratch, int phase, int thr
     alignas(64) float paired_q[kQueryGroup * kMostPaired];
     const float* in_paired_q = nullptr;  // whose pairs those are: chunk after chunk has the same queries
     for (int slot = 0; slot < a.B; ++slot) {
-      const int length = a.pos[slot] + 1, begin = begin_of(slot);
       for (int head = 0; head < a.G; ++head) {
         for (int chunk = first_chunk(slot); chunk <= last_chunk(slot); ++chunk, ++unit) {
           if (unit < mine.begin || unit >= mine.end) continue;
-          const int from = chunk * kAttentionChunk > begin ? chunk * kAttentionChunk : begin;
-          const int to = (chunk + 1) * kAttentionChunk < length ? (chunk + 1) * kAttentionChunk : length;
-          const int64_t at = head_offset(a.cache, slot, head) + from * a.cache.pos_stride;
+          const Span span = span_of(slot, head, chunk);
+          Span following = {0, 0};
+          if (unit + 1 < mine.end && chunk < last_chunk(slot))
+            following = span_of(slot, head, chunk + 1);
+          else if (unit + 1 < mine.end && head + 1 < a.G)
+            following = span_of(slot, head + 1, first_chunk(slot));
           for (int h = 0; h < group; h += kQueryGroup) {
             const int queries = group - h < kQueryGroup ? group - h : kQueryGroup;
+            const Span next = h + queries < group ? Span{0, 0} : following;
             const int64_t query = static_cast<int64_t>(slot) * a.H + head * group + h;
             float* partial = scratch + (query * chunks + chunk) * width;
             const float* q = a.q + query * a.d;
@@ -320,16 +360,16 @@ static void attention(const AttentionArgs& a, float* scratch, int phase, int thr
             }
             switch (a.cache.store) {
               case Store::f32:
-                attend_chunk<float>(a, at, q, paired_q, queries, to - from, partial, chunks * width);
+                attend_chunk<float>(a, span, next, q, paired_q, queries, partial, chunks * width);
                 break;
               case Store::bf16:
-                attend_chunk<bf16>(a, at, q, paired_q, queries, to - from, partial, chunks * width);
+                attend_chunk<bf16>(a, span, next, q, paired_q, queries, partial, chunks * width);
                 break;
               case Store::int8:
-                attend_chunk<int8_t>(a, at, q, paired_q, queries, to - from, partial, chunks * width);
+                attend_chunk<int8_t>(a, span, next, q, paired_q, queries, partial, chunks * width);
                 break;
               default:
-                attend_chunk<f16>(a, at, q, paired_q, queries, to - from, partial, chunks * width);
+                attend_chunk<f16>(a, span, next, q, paired_q, queries, partial, chunks * width);
             }
           }
         }

@@ -73,6 +73,24 @@ D3RT_INLINE void dot_tile(const W* const (&w)[kRowTile], int64_t ahead, const fl
   for (int r = 0; r < kRowTile; ++r) sum4(acc[r][0], acc[r][1], acc[r][2], acc[r][3], out[r]);
 }
 
+// The same for bfloat16, with x in the order of pairs (vec.h); n in whole pairs.
+D3RT_INLINE float dot_pairs(const bf16* w, const float* pairs, int64_t n) {
+  constexpr int kN = Vec::kLanes;
+  Pair acc[2] = {{set1(0), set1(0)}, {set1(0), set1(0)}};
+  const auto add_pair = [&](int64_t i, Pair& to) {
+    const Pair v = load_pair(w + i);
+    to = {fma(v.first, load(pairs + i), to.first), fma(v.second, load(pairs + i + kN), to.second)};
+  };
+  int64_t i = 0;
+  for (; i + 4 * kN <= n; i += 4 * kN) {
+    prefetch<4 * kN * sizeof(bf16)>(w + i, kStreamAhead);
+    add_pair(i, acc[0]);
+    add_pair(i + 2 * kN, acc[1]);
+  }
+  if (i < n) add_pair(i, acc[0]);
+  return sum(add(add(acc[0].first, acc[0].second), add(acc[1].first, acc[1].second)));
+}
+
 template <int NB, class W, class Sink>
 D3RT_INLINE void rows_dot_tile(const W* w, int64_t stride, const float* x, int64_t x_stride, int64_t n,
                                int first_slot, Range rows, const Sink& sink) {
@@ -122,23 +140,39 @@ D3RT_INLINE void rows_dot_typed(const Matrix& m, const float* x, int64_t x_strid
   }
 }
 
-// The activations of an op: float32 [B, cols], rows `stride` apart, and quantised where a packed matrix needs
-// them so.
+// The activations of an op: float32 [B, cols], rows `stride` apart; quantised where a packed matrix needs
+// them so; in the order of pairs where that is how bfloat16 is best multiplied, else null.
 struct Input {
   const float* x;
   int64_t stride;
   Quantised quantised;
+  const float* pairs;
 };
 
 D3RT_INLINE bool is_packed(const Matrix& m) { return m.store == Store::int8 || m.store == Store::int4; }
 
-// memory: B * cols / 16 * kQuantisedFloatsPer16 floats of this thread's own, if any of the matrices is
-// packed.
-D3RT_INLINE Input prepare(float* memory, const float* x, int B, int64_t cols, bool any_packed) {
-  Input input = {x, cols, {}};
+// For products with these matrices. memory: prepared_floats (args.h) of this thread's own.
+D3RT_INLINE Input prepare(float* memory, const float* x, int B, int64_t cols, const Matrix* matrices,
+                          int count) {
+  constexpr int kN = Vec::kLanes;
+  bool any_packed = false, any_bf16 = false;
+  for (int i = 0; i < count; ++i) {
+    any_packed |= is_packed(matrices[i]);
+    any_bf16 |= matrices[i].store == Store::bf16;
+  }
+  Input input = {x, cols, {}, nullptr};
   if (any_packed) {
     input.quantised = quantised_at(memory, B, cols);
     quantise_rows(input.quantised, x, cols, 0, B);
+  }
+  if (any_bf16 && B == 1 && cols % (2 * kN) == 0) {
+    float* pairs = memory + (any_packed ? cols / 16 * kQuantisedFloatsPer16 : 0);
+    for (int64_t i = 0; i < cols; i += 2 * kN) {
+      const Pair pair = pair_of(x + i, static_cast<const bf16*>(nullptr));
+      store(pairs + i, pair.first);
+      store(pairs + i + kN, pair.second);
+    }
+    input.pairs = pairs;
   }
   return input;
 }
@@ -169,6 +203,11 @@ D3RT_INLINE void rows_dot(const Matrix& m, const Input& in, int B, Range part, c
     case Store::f32:
       return rows_dot_typed<float>(m, in.x, in.stride, B, part, sink);
     case Store::bf16:
+      if (in.pairs) {
+        for (int64_t row = part.begin; row < part.end; ++row)
+          sink(0, row, dot_pairs(static_cast<const bf16*>(m.data) + row * m.stride, in.pairs, m.cols));
+        return;
+      }
       return rows_dot_typed<bf16>(m, in.x, in.stride, B, part, sink);
     case Store::f16:
       return rows_dot_typed<f16>(m, in.x, in.stride, B, part, sink);
@@ -211,13 +250,14 @@ D3RT_INLINE void rms_norm(float* out, const float* x, const float* weight, float
 }
 
 // Floats of scratch that norm_input takes of each thread.
-D3RT_INLINE int64_t norm_scratch(int64_t B, int64_t D) { return B * D + B * D / 16 * kQuantisedFloatsPer16; }
+D3RT_INLINE int64_t norm_scratch(int64_t B, int64_t D) { return B * D + prepared_floats(B, D); }
 
-// RMSNorm(x) [B, D], made by every thread for itself: cheaper than a barrier.
+// RMSNorm(x) [B, D] for products with these matrices, made by every thread for itself: cheaper than a
+// barrier.
 D3RT_INLINE Input norm_input(float* own, const float* x, const float* norm, float eps, int B, int64_t D,
-                             bool any_packed) {
+                             const Matrix* matrices, int count) {
   for (int b = 0; b < B; ++b) rms_norm(own + b * D, x + b * D, norm, eps, D);
-  return prepare(own + B * D, own, B, D, any_packed);
+  return prepare(own + B * D, own, B, D, matrices, count);
 }
 
 }  // namespace d3rt::cpu::D3RT_ISA

@@ -31,8 +31,7 @@ static void kv_fill(const KvFillArgs& a, float* scratch, int phase, int thread, 
       const FillLayer& fill = a.layers[layer];
       const int64_t both = granules(fill.w[0]) + granules(fill.w[1]);
       if (offset < mine.end && mine.begin < offset + both) {
-        const bool any_packed = is_packed(fill.w[0]) || is_packed(fill.w[1]);
-        const Input in = norm_input(own, a.x, fill.norm, a.eps, a.B, a.D, any_packed);
+        const Input in = norm_input(own, a.x, fill.norm, a.eps, a.B, a.D, fill.w, 2);
         float* out = scratch + layer * a.B * rows;
         int64_t at = offset;
         for (const Matrix& w : fill.w) {

@@ -11,7 +11,7 @@ static void norm_gate_up(const NormGateUpArgs& a, float* scratch, int phase, int
   const Range mine = share(granules(a.gate), thread, num_threads);  // gate and up are kept alike
   if (phase == kWarm) return warm(a.gate, mine);
   float* own = scratch + thread * norm_scratch(a.B, a.D);
-  const Input in = norm_input(own, a.x, a.norm, a.eps, a.B, a.D, is_packed(a.gate));
+  const Input in = norm_input(own, a.x, a.norm, a.eps, a.B, a.D, &a.gate, 1);
   // Blocks of columns: gate's rows, then up's, then the activation while h is still in L1.
   constexpr int64_t kBlock = 64;
   const int64_t granule = is_packed(a.gate) ? kTileRows : 1, step = kBlock / granule;

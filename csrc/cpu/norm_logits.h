@@ -10,7 +10,7 @@ static void norm_logits(const NormLogitsArgs& a, float* scratch, int phase, int 
   const Range mine = share(granules(a.w), thread, num_threads);
   if (phase == kWarm) return warm(a.w, mine);
   float* own = scratch + thread * norm_scratch(a.B, a.D);
-  const Input in = norm_input(own, a.x, a.norm, a.eps, a.B, a.D, is_packed(a.w));
+  const Input in = norm_input(own, a.x, a.norm, a.eps, a.B, a.D, &a.w, 1);
   rows_dot(a.w, in, a.B, mine, [&](int slot, int64_t row, float value) {
     a.logits[slot * a.w.rows + row] = a.w.bias ? value + a.w.bias[row] : value;
   });

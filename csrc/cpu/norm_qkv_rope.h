@@ -15,8 +15,7 @@ static void norm_qkv_rope(const NormQkvRopeArgs& a, float* scratch, int phase, i
   if (phase == kWarm) return warm(a.w, 3, streamed);
   if (phase == 0) {
     float* own = scratch + a.B * rows + thread * norm_scratch(a.B, a.D);
-    const bool any_packed = is_packed(a.w[0]) || is_packed(a.w[1]) || is_packed(a.w[2]);
-    const Input in = norm_input(own, a.x, a.norm, a.eps, a.B, a.D, any_packed);
+    const Input in = norm_input(own, a.x, a.norm, a.eps, a.B, a.D, a.w, 3);
     int64_t offset = 0;
     float* out = projected;
     for (const Matrix& w : a.w) {

@@ -9,8 +9,8 @@ namespace d3rt::cpu::D3RT_ISA {
 static void proj_add(const ProjAddArgs& a, float* scratch, int phase, int thread, int num_threads) {
   const Range mine = share(granules(a.w), thread, num_threads);
   if (phase == kWarm) return warm(a.w, mine);
-  float* own = scratch + thread * (a.B * a.w.cols / 16 * kQuantisedFloatsPer16);
-  const Input in = prepare(own, a.a, a.B, a.w.cols, is_packed(a.w));
+  float* own = scratch + thread * prepared_floats(a.B, a.w.cols);
+  const Input in = prepare(own, a.a, a.B, a.w.cols, &a.w, 1);
   rows_dot(a.w, in, a.B, mine, [&](int slot, int64_t row, float value) {
     a.x[slot * a.w.rows + row] += a.w.bias ? value + a.w.bias[row] : value;
   });

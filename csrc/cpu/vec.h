@@ -246,6 +246,11 @@ template <class T>
 D3RT_INLINE Pair load_pair(const T* p) {
   return {load(p), load(p + Vec::kLanes)};
 }
+// 2 kLanes neighbours of x as they meet load_pair's of a T.
+template <class T>
+D3RT_INLINE Pair pair_of(const float* p, const T*) {
+  return {load(p), load(p + Vec::kLanes)};
+}
 // Where element i of a row stands when its pairs are laid end to end.
 template <class T>
 D3RT_INLINE int paired(const T*, int i) {
@@ -256,7 +261,8 @@ D3RT_INLINE int paired(const T*, int i) {
 // its even ones shifted: half the work of widening neighbours.
 D3RT_INLINE Pair load_pair(const bf16* p) {
 #if defined(D3RT_ISA_avx512)
-  const __m512i words = _mm512_loadu_si512(p);
+  __m512i words = _mm512_loadu_si512(p);
+  asm("" : "+v"(words));  // or it is loaded twice, once for each half: one load a cycle is all there is
   return {{_mm512_castsi512_ps(_mm512_slli_epi32(words, 16))},
           {_mm512_castsi512_ps(_mm512_and_si512(words, _mm512_set1_epi32(static_cast<int>(0xffff0000u))))}};
 #elif defined(D3RT_ISA_avx2)
@@ -267,6 +273,21 @@ D3RT_INLINE Pair load_pair(const bf16* p) {
   const uint32x4_t words = vreinterpretq_u32_u16(vld1q_u16(reinterpret_cast<const uint16_t*>(p)));
   return {{vreinterpretq_f32_u32(vshlq_n_u32(words, 16))},
           {vreinterpretq_f32_u32(vandq_u32(words, vdupq_n_u32(0xffff0000u)))}};
+#endif
+}
+D3RT_INLINE Pair pair_of(const float* p, const bf16*) {
+  const Vec low = load(p), high = load(p + Vec::kLanes);
+#if defined(D3RT_ISA_avx512)
+  const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+  const __m512i odd = _mm512_add_epi32(even, _mm512_set1_epi32(1));
+  return {{_mm512_permutex2var_ps(low.v, even, high.v)}, {_mm512_permutex2var_ps(low.v, odd, high.v)}};
+#elif defined(D3RT_ISA_avx2)
+  const auto in_order = [](__m256 a) {
+    return Vec{_mm256_castpd_ps(_mm256_permute4x64_pd(_mm256_castps_pd(a), 0xd8))};
+  };
+  return {in_order(_mm256_shuffle_ps(low.v, high.v, 0x88)), in_order(_mm256_shuffle_ps(low.v, high.v, 0xdd))};
+#else
+  return {{vuzp1q_f32(low.v, high.v)}, {vuzp2q_f32(low.v, high.v)}};
 #endif
 }
 D3RT_INLINE int paired(const bf16*, int i) {

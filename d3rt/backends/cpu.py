@@ -31,9 +31,12 @@ def gemm_dtypes(cpuinfo: str = "/proc/cpuinfo") -> set[torch.dtype]:
     return {torch.float32} | {dtype for dtype, any_of in _GEMM_FLAGS.items() if flags & any_of}
 
 
-# Prompts up to this length meet packed weights as they are; for longer ones it pays to unpack each matrix first, to
-# bfloat16 where the processor multiplies that, else to float32, and to leave the product to torch.
+# Prompts up to this length meet packed weights as they are. For longer ones it may pay to unpack each matrix first, to
+# bfloat16 where the processor multiplies that, else to float32, and to leave the product to torch: not where our own
+# kernels have the processor's int8 dot products, which do four times as much as float32's.
 PACKED_TOKENS = 64
+_WITH_DOT_PRODUCTS = {"avx512"}
+MOST_TOKENS = 512  # of one call of `linear`: the runtime's PREFILL_CHUNK_TOKENS
 _GEMM_FLAGS = {
     torch.bfloat16: {"amx_bf16", "avx512_bf16", "bf16"},
     torch.float16: {"amx_fp16", "avx512_fp16", "asimdhp"},
@@ -91,11 +94,9 @@ class CpuBackend:
         _C = native()
         self.threads = threads or usable_cores()
         self._pool = _C.ThreadPool(self.threads)
-        # For work between torch's products: its threads spin for some milliseconds after each and hold their cores, and
-        # whoever waits for a thread of ours that gets none waits for them.
-        self._few = _C.ThreadPool(max(1, self.threads // 2))
         self._arena = _C.Arena()
         self._gemm_dtypes = gemm_dtypes()
+        self._packed_tokens = math.inf if _C.selected_isa() in _WITH_DOT_PRODUCTS else PACKED_TOKENS
         self._unpacked_dtype = torch.bfloat16 if torch.bfloat16 in self._gemm_dtypes else torch.float32
         self._dense_bytes = torch.empty(0, dtype=torch.uint8)
 
@@ -121,12 +122,12 @@ class CpuBackend:
 
     def linear(self, x: Tensor, w: Tensor | PackedMatrix) -> Tensor:
         if isinstance(w, PackedMatrix):
-            if len(x) <= PACKED_TOKENS:
+            if len(x) <= self._packed_tokens:
                 out = torch.empty(len(x), w.rows)
                 native().linear(self._pool, out, x.contiguous(), w)
                 return out
             dense = self._dense(w.shape, self._unpacked_dtype)
-            native().unpack(self._few, dense, w)
+            native().unpack(self._pool, dense, w)
             return typed_linear(x, dense)
         if w.dtype in self._gemm_dtypes:
             return typed_linear(x, w)
@@ -140,8 +141,11 @@ class CpuBackend:
         return self._dense_bytes[: size * dtype.itemsize].view(dtype).view(*shape)
 
     def linear_bytes(self, w: Tensor | PackedMatrix) -> int:
-        """A matrix that torch cannot multiply as it is gets dense for the time."""
+        """A matrix that torch cannot multiply as it is gets dense for the time; or the tokens are quantised, with a
+        scale and a sum for 32 of their values."""
         if isinstance(w, PackedMatrix):
+            if self._packed_tokens >= MOST_TOKENS:
+                return MOST_TOKENS * (w.cols + 2 * 4 * w.cols // 32)
             return w.rows * w.cols * self._unpacked_dtype.itemsize
         return 0 if w.dtype in self._gemm_dtypes else 4 * w.numel()
 

@@ -1,7 +1,10 @@
 """int8 and int4 matrices: the layout loses nothing, quantising is as accurate as its step, and every native op with
 packed weights does what kernels/reference.py says, on every ISA."""
 
+import math
+import time
 from dataclasses import replace
+from pathlib import Path
 
 import native_ops
 import pytest
@@ -10,11 +13,12 @@ from native_ops import ISAS
 from packed_cases import CASES, RANGES, WIDTHS, outputs, packed_arguments, parts, random_packed
 
 from d3rt import _C
-from d3rt.backends.cpu import PACKED_TOKENS, CpuBackend, gemm_dtypes
+from d3rt.backends.cpu import MOST_TOKENS, PACKED_TOKENS, CpuBackend, gemm_dtypes
 from d3rt.kernels import cases, reference
 from d3rt.kernels.cases import Case
 from d3rt.kernels.packing import FORMATS, GROUP, pack, pack_codes, quantise_activations
 from d3rt.quantize import empty_packed
+from d3rt.runtime import PREFILL_CHUNK_TOKENS
 
 EPS = torch.finfo(torch.float32).eps
 each_format = pytest.mark.parametrize("format", WIDTHS)
@@ -236,6 +240,7 @@ def test_unpacking_into_another_shape_or_dtype_is_refused():
 def test_long_prompts_meet_the_unpacked_matrix(native_bfloat16, format):
     """In float32 the product is exact up to rounding; in bfloat16 both factors are rounded to 2^-9 of themselves."""
     backend = CpuBackend()
+    backend._packed_tokens = PACKED_TOKENS
     backend._unpacked_dtype = torch.bfloat16 if native_bfloat16 else torch.float32
     w, x = random_packed(70, 96, format), torch.randn(PACKED_TOKENS + 1, 96)
     dense = w.dequantize()
@@ -243,6 +248,18 @@ def test_long_prompts_meet_the_unpacked_matrix(native_bfloat16, format):
     allowed = terms * (2.0**-8 + 2.0**-9 if native_bfloat16 else 96 * EPS)
     assert ((backend.linear(x, w) - expected).abs() <= allowed).all()
     assert backend.linear_bytes(w) == 70 * 96 * (2 if native_bfloat16 else 4)
+
+
+@each_format
+def test_long_prompts_meet_the_packed_matrix_where_kernels_have_dot_products(format):
+    """Then a prompt is read with the very numbers that decoding uses, whatever its length."""
+    backend = CpuBackend()
+    backend._packed_tokens = math.inf
+    w, x = random_packed(70, 96, format), torch.randn(PACKED_TOKENS + 1, 96)
+    together = backend.linear(x, w)
+    assert torch.equal(together, torch.cat([backend.linear(row, w) for row in x.split(1)]))
+    assert MOST_TOKENS == PREFILL_CHUNK_TOKENS
+    assert backend.linear_bytes(w) == MOST_TOKENS * (96 + 3 * 8)  # codes; three groups' scales and sums
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -278,3 +295,24 @@ def test_a_packed_matrix_of_the_wrong_size_is_refused_by_name():
     tape = native_ops.new_tape(native_ops.arena_of(*parts(list(arguments.values()))))
     with pytest.raises(ValueError, match=r"proj_add: w is packed \[12, 576\], but must be \[33, 576\]"):
         cases.call(tape, case, arguments)
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="needs Linux's /proc")
+def test_products_of_a_prefill_are_done_by_torchs_threads():
+    """Workers of ours would share the cores with torch's threads, which spin for a while after each of its products."""
+
+    def threads() -> set[Path]:
+        return set(Path("/proc/self/task").iterdir())
+
+    def times_woken(thread: Path) -> str:
+        lines = (thread / "status").read_text().splitlines()
+        return next(line for line in lines if line.startswith("voluntary_ctxt_switches"))
+
+    before = threads()
+    pool = _C.ThreadPool(2)
+    (worker,) = threads() - before
+    time.sleep(0.1)  # until it has parked
+    asleep = times_woken(worker)
+    _C.linear(pool, torch.empty(64, 64), torch.randn(64, 512), random_packed(64, 512, "int8"))
+    time.sleep(0.1)
+    assert times_woken(worker) == asleep
