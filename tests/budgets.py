@@ -98,6 +98,7 @@ def jobs() -> Iterator[Job]:
             yield from (Job(op, width, model, 1, arch) for op in (*MATVECS, "embed"))
         for width in FLOATS:
             yield Job("attention", width, model, 1, arch)
+            yield Job("keep_hidden", width, model, 1, arch)
         yield from (Job(op, "float32", model, 1, arch) for op in (*SAMPLINGS, "advance"))
     for arch in REPRESENTATIVES:
         for width in ("float16", "int8", "int4 with minima"):
@@ -168,6 +169,8 @@ def launches(job: Job) -> list:
     if op == "kv_fill":
         layer = FillLayer(cache_lines(), cache_lines(), norm, wk, wv, bias(rows), bias(rows), gain)
         return plans.kv_fill(arch, [layer] * 4, x, *rope, 1e-5)
+    if op == "keep_hidden":
+        return plans.keep_hidden(arch, tensor(batch, LENGTH, m.D, dtype=FLOATS[job.width]), x, ints(batch))
     if op == "norm_logits":
         return plans.norm_logits(arch, tensor(batch, m.V), x, norm, weight(m.V, m.D), 1e-5)
     if op in ("sample", "draw", "advance"):

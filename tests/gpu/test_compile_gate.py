@@ -22,7 +22,7 @@ import triton  # noqa: E402
 
 JOBS = [str(job) for job in budgets.jobs()]
 BUDGET = json.loads(budgets.BUDGETS.read_text(encoding="utf-8"))
-OPS = (*budgets.MATVECS, "embed", "attention", "sample", "advance")
+OPS = (*budgets.MATVECS, "embed", "attention", "keep_hidden", "sample", "advance")
 STREAMS = ("norm_qkv_rope", "proj_add", "norm_gate_up", "kv_fill", "norm_logits", "attention")
 each_kernel = pytest.mark.parametrize("job", JOBS)
 
@@ -114,7 +114,7 @@ def kinds(launch) -> frozenset:
 
 
 def recorded(model: str, width: str) -> list:
-    """The launches of recorded steps of a tiny model, one that fills and all ways to end it, on an A100."""
+    """The launches of recorded steps of a tiny model, one that fills and keeps, and all ways to end it, on an A100."""
     from d3rt.backends.cuda_record import Recorder
     from d3rt.backends.cuda_slots import EOS_PLACES, Kind, SlotBuffers
 
@@ -127,7 +127,9 @@ def recorded(model: str, width: str) -> list:
     layers = decoder.config.num_hidden_layers
     buffers, slots = StepBuffers(decoder.config, cache, *rope, 2), SlotBuffers(2, tiny_models.VOCAB_SIZE, cpu)
     ops = Recorder(80, cpu, lambda tensor: True)
-    decoder.decode_step(ops, Plan.of(LayerSet.of(range(1, layers), layers), fill=[0]), buffers)
+    buffers.keep(1)
+    plan = Plan.of(LayerSet.of(range(1, layers - 1), layers), fill=[0], keep=[layers - 1])
+    decoder.decode_step(ops, plan, buffers)
     for draw, penalty in itertools.product([False, True], repeat=2):
         kind = Kind(draw, penalty, EOS_PLACES)
         slots.provide(kind)
