@@ -66,6 +66,7 @@ def collect(
         )
         rope = torch.ones(length, m.d // 2), torch.zeros(length, m.d // 2)
         buffers = StepBuffers(config, KVCache(config, 1, length, kept), *rope, 1)
+        buffers.keep(plan.num_gaps)
         buffers.pos.fill_(length - 1)
     ops = Collector(arch)
     Decoder(config, weights).decode_step(ops, plan, buffers)

@@ -26,9 +26,8 @@ from d3rt.plan import LayerSet, Plan
 
 LENGTH = 4096
 FILLED = 2
-PLAN = Plan.of(
-    LayerSet.of([FILLED], FILLED + 1), fill=range(FILLED)
-)  # every op, kv_fill of two layers at once
+# Every op, kv_fill of two layers at once.
+PLAN = Plan.of(LayerSet.of([FILLED], FILLED + 2), fill=range(FILLED), keep=[FILLED + 1])
 WAVE = 4096  # threads at a time: what keeps numpy's temporaries in the processor's caches
 SHAPES = {shape.name: shape for shape in MODEL_SHAPES}
 WIDTHS = ("float16", "int8", "int4 with minima")
@@ -39,7 +38,7 @@ WHAT = [
 ATTENTION = [(model, arch) for model in SHAPES for arch in (70, 80, 90)]
 OPS = (
     *("embed", "kv_fill", "norm_qkv_rope", "attention", "proj_add", "norm_gate_up", "proj_add"),
-    *("norm_logits", "sample", "advance"),
+    *("keep_hidden", "norm_logits", "sample", "advance"),
 )
 
 
@@ -71,6 +70,8 @@ def needed(launch, reachable: dict[str, Tensor], last: int = LENGTH - 1) -> Iter
         part = name.rpartition(".")[2]
         if part in ("k_cache", "v_cache"):
             yield tensor[:, :, : last + 1] if launch.op == "attention" else tensor[:, :, last]
+        elif part == "hidden":
+            yield tensor[:, last]
         elif part in ("cos", "sin"):
             yield tensor[last]
         elif name in launch.uploads:
