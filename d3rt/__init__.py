@@ -53,6 +53,7 @@ _LAZY = {
     "GenerationStats": "d3rt.result",
     "search": "d3rt.search",
     "evaluation": "d3rt.evaluation",
+    "lm_eval": "d3rt.lm_eval",
 }
 
 __all__ = [
