@@ -59,6 +59,7 @@ _LAZY = {
     "GenerationStats": "d3rt.result",
     "search": "d3rt.search",
     "evaluation": "d3rt.evaluation",
+    "lm_eval": "d3rt.lm_eval",
 }
 
 __all__ = [

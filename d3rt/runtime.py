@@ -357,7 +357,7 @@ class Runtime:
         """
         count, length = tokens.shape
         forced = _Forced(count, [prompt.cpu() for prompt in prompts])
-        longest = max(map(len, forced.prompts), default=0) + length
+        longest = max(map(len, forced.prompts), default=0) + length - 1  # the last token is not read
         if len(prompts) != count or not 1 <= count <= self.batch_size or not all(map(len, forced.prompts)):
             raise ValueError(
                 f"forced_logits: {len(prompts)} prompts and {count} rows of tokens: there must be as many, 1 to "
@@ -365,8 +365,8 @@ class Runtime:
             )
         if length < 1 or longest > self.max_seq_len:
             raise ValueError(
-                f"forced_logits: the longest row has {longest} tokens, {length} of them forced; there must be at least "
-                f"1 of these, and at most max_seq_len={self.max_seq_len} in all."
+                f"forced_logits: the longest row has {longest} tokens to read, and {length} are forced; there must "
+                f"be at least 1 of these, and at most max_seq_len={self.max_seq_len} in all."
             )
         plans = self.policy.schedule(self.config.num_hidden_layers, length).plans(self.kv_fill)
         with self._exclusive():

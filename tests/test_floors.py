@@ -47,6 +47,7 @@ FLOORS = {
         "d3rt.plots",
         "d3rt.progress",
         "d3rt.search",
+        "d3rt.lm_eval",
     ),
 }
 FLOOR_OF = {name: floor for floor, names in FLOORS.items() for name in names}

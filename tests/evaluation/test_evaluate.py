@@ -303,4 +303,5 @@ def test_forced_logits_of_ragged_rows_are_the_oracles(model, fast):
     with pytest.raises(ValueError, match="batch_size"):
         next(fast.forced_logits(prompts * 2, tokens.repeat(2, 1)))
     with pytest.raises(ValueError, match="max_seq_len"):
-        next(fast.forced_logits(prompts[:1], torch.zeros(1, 4096, dtype=torch.int64)))
+        next(fast.forced_logits(prompts[:1], torch.zeros(1, 4095, dtype=torch.int64)))
+    assert next(fast.forced_logits(prompts[:1], torch.zeros(1, 4094, dtype=torch.int64))).shape == (1, 256)
