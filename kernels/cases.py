@@ -455,7 +455,7 @@ def _test_cases() -> dict[str, list[Case]]:
                 attention("chunk_over", H=4, G=2, d=16, S=65),
                 attention("gqa3", H=9, G=3, d=64, S=200, B=3),
                 attention("gqa9", H=9, G=1, d=6, S=130, B=2),
-                attention("gqa16", H=32, G=2, d=80, S=700, B=2),
+                attention("gqa16", H=32, G=2, d=80, S=700, B=2, pos=(0, 699)),
                 attention("head_dim128", H=2, G=2, d=128, S=300, pos=(257,)),
                 attention("head_dim6", H=5, G=5, d=6, S=33, B=16),
                 attention("head_dim512", H=2, G=1, d=512, S=70),

@@ -9,9 +9,10 @@ backend records them. 1 slot on every architecture, 16 slots on sm_70, sm_80 and
 the others are theirs), the numbers between on sm_80.
 
 How to read it: the loads of scales and minima of packed weights are no weight stream here; they are 1/16 to 1/4 of the
-codes' bytes and come 64 or 128 bits at a time. With 16 slots a thread holds so many sums that only two blocks fit a
-multiprocessor. The products of weights are FMAs, not tensor-core instructions: see kernels/cuda/matvec.py. Attention
-has no tensor-core instructions below sm_80, where Triton makes FMAs of tl.dot, nor in float32, which is not rounded.
+codes' bytes and come 64 or 128 bits at a time. With 16 slots a thread holds so many sums that 3 to 5 blocks fit a
+multiprocessor, and 2 or fewer where it holds those of two packed matrices or of a whole head. The products of weights
+are FMAs, not tensor-core instructions: see kernels/cuda/matvec.py. Attention has no tensor-core instructions below
+sm_80, where Triton makes FMAs of tl.dot, nor in float32, which is not rounded.
 """
 
 from __future__ import annotations

@@ -29,6 +29,14 @@ def _widened(codes, j: tl.constexpr, FORMAT: tl.constexpr):
 
 
 @triton.jit
+def _may_go_on(x, turn: tl.constexpr, SEVERAL: tl.constexpr):
+    """True, which the compiler does not know where there are SEVERAL turns. So each turn's products are behind a branch
+    of their own, and are summed up before the next turn's inputs are fetched. In one piece the compiler fetches those
+    of all slots first, for which it takes 128 registers of a thread with 16 slots."""
+    return x.to(tl.int64) != turn + 1 if SEVERAL else True
+
+
+@triton.jit
 def matvec(
     x,  # [B, K] float32
     norm,  # [K] float32, or None
@@ -49,14 +57,12 @@ def matvec(
 ):
     """(sums, squares): for each slot, sums [BN] = rows of w . (x * norm), and the sum of x^2 (0 without norm), both
     over this split's columns."""
-    # A barrier after the inputs of so many slots keeps the compiler from fetching those of all slots at once, and
-    # running out of registers.
-    PACE: tl.constexpr = 4
     STEPS: tl.constexpr = (K + BK - 1) // BK
     first = split * (STEPS // SPLIT) + tl.minimum(split, STEPS % SPLIT)
     last = first + STEPS // SPLIT + tl.where(split < STEPS % SPLIT, 1, 0)
     if FORMAT == "plain":
         V: tl.constexpr = 128 // w.dtype.element_ty.primitive_bitwidth  # elements in 128 bits
+        SLOTS: tl.constexpr = 4  # of a turn, see _may_go_on
         total = (tl.zeros((BN, BK // V), tl.float32),) * B
         square = (tl.zeros((BK,), tl.float32),) * B
         lines = w + (tile * 16 + lane).to(tl.int64)[:, None] * LDW
@@ -68,20 +74,24 @@ def matvec(
             weights = weights.to(tl.float32)
             if norm is not None:
                 gain = tl.load(norm + k, mask=inside, other=0.0)
-            new_total, new_square = (), ()
-            for b in tl.static_range(B):
-                value = tl.load(x + b * K + k, mask=inside, other=0.0)
-                if norm is not None:
-                    new_square += (square[b] + value * value,)
-                    value *= gain
-                # Summed in the thread that loaded it; across threads only after the last step.
-                product = tl.reshape(weights * value[None, :], (BN, BK // V, V))
-                new_total += (total[b] + tl.sum(product, 2),)
-                if b % PACE == PACE - 1 and b + 1 < B:
-                    tl.debug_barrier()
-            total = new_total
-            if norm is not None:
-                square = new_square
+            for turn in tl.static_range((B + SLOTS - 1) // SLOTS):
+                if _may_go_on(x, turn, B > SLOTS):
+                    new_total, new_square = (), ()
+                    for b in tl.static_range(B):
+                        if b // SLOTS == turn:
+                            value = tl.load(x + b * K + k, mask=inside, other=0.0)
+                            if norm is not None:
+                                new_square += (square[b] + value * value,)
+                                value *= gain
+                            else:
+                                new_square += (square[b],)
+                            # Summed in the thread that loaded it; across threads only after the last step.
+                            product = tl.reshape(weights * value[None, :], (BN, BK // V, V))
+                            new_total += (total[b] + tl.sum(product, 2),)
+                        else:
+                            new_square += (square[b],)
+                            new_total += (total[b],)
+                    total, square = new_total, new_square
         sums, squares = (), ()
         for b in tl.static_range(B):
             sums += (tl.sum(total[b], 1),)
@@ -91,6 +101,8 @@ def matvec(
         COLUMNS: tl.constexpr = 4 if FORMAT == "int8" else 8  # in one 32-bit word of a row
         WORDS: tl.constexpr = 32 // COLUMNS  # of a row in one group
         BW: tl.constexpr = BK // COLUMNS
+        # Columns of a word in a turn, see _may_go_on: those of one slot all together.
+        AT_ONCE: tl.constexpr = COLUMNS if B == 1 else max(1, 256 // (B * BW))
         # What _widened has too much: 2^8 + 128; 2^7 + 8, or 2^7 where there are minima.
         ZERO: tl.constexpr = 384.0 if FORMAT == "int8" else (136.0 if minima is None else 128.0)
         total = (tl.zeros((BW, BN), tl.float32),) * B
@@ -110,28 +122,33 @@ def matvec(
                 least += tl.load(minima + at * 16 + lane[None, :], mask=mask, other=0.0).to(tl.float32)
             if FORMAT == "int8":
                 codes ^= tl.full((), -0x7F7F7F80, tl.int32)  # 0x80808080: codes from 0 on
-            for j in tl.static_range(COLUMNS):
-                weights = _widened(codes, j, FORMAT) * scale + least  # exact but for the last addition
-                k = word * 4 + j if FORMAT == "int8" else group * 32 + part * 4 + (j % 4 + 16 * (j // 4))
-                if norm is not None:
-                    gain = tl.load(norm + k, mask=inside, other=0.0)
-                new_total = ()
-                for b in tl.static_range(B):
-                    value = tl.load(x + b * K + k, mask=inside, other=0.0)
-                    if norm is not None:
-                        value *= gain
-                    new_total += (total[b] + weights * value[:, None],)
-                    if (j * B + b) % (2 * PACE) == 2 * PACE - 1 and j * B + b + 1 < COLUMNS * B:
-                        tl.debug_barrier()
-                total = new_total
+            for turn in tl.static_range((COLUMNS + AT_ONCE - 1) // AT_ONCE):
+                if _may_go_on(x, turn, COLUMNS > AT_ONCE):
+                    for j in tl.static_range(COLUMNS):
+                        if j // AT_ONCE == turn:
+                            weights = (
+                                _widened(codes, j, FORMAT) * scale + least
+                            )  # exact but for the last addition
+                            k = (
+                                word * 4 + j
+                                if FORMAT == "int8"
+                                else group * 32 + part * 4 + (j % 4 + 16 * (j // 4))
+                            )
+                            if norm is not None:
+                                gain = tl.load(norm + k, mask=inside, other=0.0)
+                            new_total = ()
+                            for b in tl.static_range(B):
+                                value = tl.load(x + b * K + k, mask=inside, other=0.0)
+                                if norm is not None:
+                                    value *= gain
+                                new_total += (total[b] + weights * value[:, None],)
+                            total = new_total
             if norm is not None:
+                k = step * BK + tl.arange(0, BK)
                 new_square = ()
                 for b in tl.static_range(B):
-                    k = step * BK + tl.arange(0, BK)
                     value = tl.load(x + b * K + k, mask=k < K, other=0.0)
                     new_square += (square[b] + value * value,)
-                    if b % PACE == PACE - 1 and b + 1 < B:
-                        tl.debug_barrier()
                 square = new_square
         sums, squares = (), ()
         for b in tl.static_range(B):

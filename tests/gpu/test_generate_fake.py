@@ -12,8 +12,10 @@ import tiny_models
 import torch
 
 import d3rt
-from d3rt.errors import CudaError, NotFiniteError
+from d3rt.errors import CudaError, HoleError, NotFiniteError
 from d3rt.models import family_of
+from d3rt.plan import LayerSet, Plan
+from d3rt.sampling import SamplingParams
 
 pytest.importorskip("triton", reason="triton is not installed")
 
@@ -160,12 +162,15 @@ def test_a_generation_samples_by_its_own_settings_and_not_by_those_of_one_before
 def test_python_drives_the_same_steps(gpu):
     options = dict(no_repeat_ngram_size=1, max_new_tokens=6, eos_token_id=None)
     fast = runtime(batch_size=2)
+    fast.generate(**padded([PROMPT, OTHER]), max_new_tokens=2)
+    chosen_on_device = fast._rows[2].loop._slots.step.clone()
     out = fast.generate(
         **padded([PROMPT, OTHER]), output_logits=True, return_dict_in_generate=True, **options
     )
     theirs = hugging_face([PROMPT, OTHER], output_logits=True, return_dict_in_generate=True, **options)
     assert torch.equal(out.sequences, theirs.sequences)
     torch.testing.assert_close(torch.stack(out.logits), torch.stack(theirs.logits), rtol=1e-4, atol=1e-4)
+    assert torch.equal(fast._rows[2].loop._slots.step, chosen_on_device), "Python's steps chose tokens too"
 
 
 @pytest.mark.parametrize("width", ["int8", "int4"])
@@ -255,6 +260,21 @@ def test_a_device_that_fails_midway_raises_a_typed_error(gpu):
     gpu.driver.fail("cuGraphLaunch:3:700")
     with pytest.raises(CudaError, match="CUDA_ERROR_ILLEGAL_ADDRESS"):
         fast.generate(torch.tensor([PROMPT]), max_new_tokens=STEPS)
+
+
+def test_a_step_that_would_read_a_hole_is_refused_by_name(gpu):
+    fast = runtime()
+    rows, whole = fast._for_rows(1), LayerSet.full(5)
+    programs = [rows.number(Plan.of(layers)) for layers in (LayerSet.of((0, 4), 5), whole)]
+    rows.loop.prepare(programs, SamplingParams(), [])
+    fast._cache.reset()
+    fast._decoder.prefill([torch.tensor(PROMPT)], whole, fast._cache, rows.buffers, 512)
+    rows.first_logits.replay()
+    rows.loop.start(programs=programs, eos_tokens=[], pad_token=0, sampling=SamplingParams(), seen=[])
+    with pytest.raises(HoleError, match="layer 1 of slot 0 has K,V for 5 positions, but this step reads 6"):
+        rows.loop.wait(60.0)
+    expected = hugging_face([PROMPT])
+    assert torch.equal(fast.generate(torch.tensor([PROMPT]), max_new_tokens=STEPS), expected)
 
 
 def test_memory_of_graphs_and_working_memory_is_reported(gpu):
