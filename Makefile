@@ -49,11 +49,13 @@ pytest: venv ## run the Python tests
 csrc-test: csrc-sanitized ## run the C++ tests under AddressSanitizer and UBSan
 	UBSAN_OPTIONS=print_stacktrace=1 $(SANITIZED)/d3rt_csrc_tests
 
-# Python itself is not sanitized: the sanitizers' library is loaded in front of it, and what Python leaks is its own.
+# Python itself is not sanitized: the sanitizers' library is loaded in front of it, with the C++ library, whose throw it
+# looks for when it starts; and what Python leaks is its own. -s: what kills the process would die with pytest's capture.
 fuzz: csrc-sanitized ## run random conversations and batches on the native core under AddressSanitizer and UBSan
-	LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so)" ASAN_OPTIONS=detect_leaks=0 \
+	LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libstdc++.so.6)" \
+	ASAN_OPTIONS=detect_leaks=0 \
 	UBSAN_OPTIONS=print_stacktrace=1 D3RT_EXTENSION="$$(echo $(CURDIR)/$(SANITIZED)/_C.*.so)" \
-	  $(BIN)/pytest -p no:cacheprovider tests/sessions/test_fuzz.py tests/runtime/test_row_batch.py -k "not reference"
+	  $(BIN)/pytest -s -p no:cacheprovider tests/sessions/test_fuzz.py tests/runtime/test_row_batch.py -k "not reference"
 
 csrc-sanitized: venv
 	@PATH="$(CURDIR)/$(BIN):$$PATH" cmake -S . -B $(SANITIZED) -G Ninja --log-level=WARNING \
