@@ -110,6 +110,22 @@ def _weights(scores, largest):
 
 
 @triton.jit
+def _borders(found, i):
+    """The three scores, as _order has them, that divide what `found` (uint32 in an int64, its first 2 i bits known) may
+    still be."""
+    unit = tl.full((), 1, tl.int64) << (30 - 2 * i)
+    least = found - 2147483648
+    return (least + unit).to(tl.int32), (least + 2 * unit).to(tl.int32), (least + 3 * unit).to(tl.int32)
+
+
+@triton.jit
+def _next(found, i, one, two, three, need):
+    """`found` with two more bits: the largest border from which up there is what is needed."""
+    digit = (one >= need).to(tl.int64) + (two >= need).to(tl.int64) + (three >= need).to(tl.int64)
+    return found + (digit << (30 - 2 * i))
+
+
+@triton.jit
 def sample(
     next_token,  # [B] int32, out
     logits,  # [B, V] float32
@@ -121,7 +137,7 @@ def sample(
     BLOCK: tl.constexpr,
 ):
     """One token a slot; grid (B,). Reads its logits several times, from the L2 cache that norm_logits left them in:
-    once for a greedy token, 4 times for a draw, 33 more for top_k, 35 more for top_p."""
+    once for a greedy token, 4 times for a draw, 16 more for top_k, 18 more for top_p."""
     slot = tl.program_id(0)
     own = logits + slot * V
     own_seen = None if seen is None else seen + slot * V
@@ -154,16 +170,17 @@ def sample(
             floor = tl.full((), -(2**31), tl.int32)
             dropped = tl.full((), 0, tl.int32)
             if (top_k > 0) & (top_k < V):
-                found = tl.full((), 0, tl.int64)  # the k-th largest, as uint32, bit by bit
-                for i in range(32):
-                    trial = found | (tl.full((), 1, tl.int64) << (31 - i))
-                    border = (trial - 2147483648).to(tl.int32)
-                    count = tl.zeros((BLOCK,), tl.int32)
+                found = tl.full((), 0, tl.int64)  # the k-th largest, as uint32, two bits at a time
+                for i in range(16):
+                    one, two, three = _borders(found, i)
+                    ones, twos, threes = (tl.zeros((BLOCK,), tl.int32),) * 3
                     for start in range(0, V, BLOCK):
                         at = start + lanes
-                        score = _scores(own, own_seen, at, at < V, temperature, penalty)
-                        count += ((_order(score) >= border) & (at < V)).to(tl.int32)
-                    found = tl.where(tl.sum(count, 0) >= top_k, trial, found)
+                        order = _order(_scores(own, own_seen, at, at < V, temperature, penalty))
+                        ones += ((order >= one) & (at < V)).to(tl.int32)
+                        twos += ((order >= two) & (at < V)).to(tl.int32)
+                        threes += ((order >= three) & (at < V)).to(tl.int32)
+                    found = _next(found, i, tl.sum(ones, 0), tl.sum(twos, 0), tl.sum(threes, 0), top_k)
                 floor = (found - 2147483648).to(tl.int32)
             if top_p != 0:
                 kept = tl.zeros((BLOCK,), tl.int64)
@@ -176,15 +193,18 @@ def sample(
                 need = tl.umulhi(top_p, total) - (total >> 50)
                 need = tl.maximum(need.to(tl.int64), 1)
                 found = tl.full((), 0, tl.int64)  # the largest score from which up the weights reach `need`
-                for i in range(32):
-                    trial = found | (tl.full((), 1, tl.int64) << (31 - i))
-                    border = tl.maximum((trial - 2147483648).to(tl.int32), floor)
-                    kept = tl.zeros((BLOCK,), tl.int64)
+                for i in range(16):
+                    one, two, three = _borders(found, i)
+                    ones, twos, threes = (tl.zeros((BLOCK,), tl.int64),) * 3
                     for start in range(0, V, BLOCK):
                         at = start + lanes
                         score = _scores(own, own_seen, at, at < V, temperature, penalty)
-                        kept += tl.where(_order(score) >= border, _weights(score, largest), 0)
-                    found = tl.where(tl.sum(kept, 0) >= need, trial, found)
+                        order = _order(score)
+                        weight = tl.where(order >= floor, _weights(score, largest), 0)
+                        ones += tl.where(order >= one, weight, 0)
+                        twos += tl.where(order >= two, weight, 0)
+                        threes += tl.where(order >= three, weight, 0)
+                    found = _next(found, i, tl.sum(ones, 0), tl.sum(twos, 0), tl.sum(threes, 0), need)
                 floor = tl.maximum((found - 2147483648).to(tl.int32), floor)
                 # Of the tokens at the border, the larger ones come first, and only as many as are needed.
                 kept = tl.zeros((BLOCK,), tl.int64)
