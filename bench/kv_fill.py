@@ -104,7 +104,9 @@ def of_conversation(
         sessions[mode] = fast.session(policy, kv_fill=mode)
         stats = sessions[mode].send(turns[0], max_new_tokens=new_tokens, **options).stats
         plans = policy.schedule(stats.num_layers, new_tokens).plans(mode)
-        hidden = fast.config.hidden_size * fast._cache.gap(0).element_size() if mode == "deferred" else 0
+        hidden = (
+            fast.config.hidden_size * fast.engine.cache.gap(0).element_size() if mode == "deferred" else 0
+        )
         found[mode] = {
             "depth": stats.mean_depth,
             "step": statistics.median(stats.step_seconds[1:]),
@@ -205,7 +207,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     lines = given.questions.read_text(encoding="utf-8").splitlines()
     talks = [json.loads(line)["turns"][:2] for line in lines][: given.conversations]
     fast = d3rt.compile(given.model, weights=given.weights, max_seq_len=2048)
-    kept = nbytes([fast._cache.k, fast._cache.v]) // fast.max_seq_len
+    kept = nbytes([fast.engine.cache.k, fast.engine.cache.v]) // fast.max_seq_len
     report = Report(given.model or "embedded SmolLM2-135M-Instruct", given.weights, len(talks), given.new)
     measure(report, fast, given.policy or POLICIES, talks, given.answer)
     console = Console(width=TABLE_WIDTH, highlight=False)

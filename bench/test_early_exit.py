@@ -28,7 +28,7 @@ EXIT = {measure: d3rt.CALM(0.0, measure, min_exit=15) for measure in ("state", "
 
 def stepper(fast: d3rt.Runtime, step) -> Callable[[], float]:
     """Seconds of one such step at POSITION, again and again."""
-    rows = fast._for_rows(1)
+    rows = fast.engine.for_rows(1)
     number = rows.number(step)
 
     def run() -> float:
@@ -42,11 +42,11 @@ def stepper(fast: d3rt.Runtime, step) -> Callable[[], float]:
 
 def compare(benchmark, say, width: str, policy: d3rt.CALM, beside: Plan) -> None:
     fast = runtime(width)
-    rows = fast._for_rows(1)
-    for kept in (fast._cache.k, fast._cache.v):
+    rows = fast.engine.for_rows(1)
+    for kept in (fast.engine.cache.k, fast.engine.cache.v):
         kept.fill_(0.1)
     rows.buffers.pos.fill_(POSITION)
-    fast._cache.filled.fill_(POSITION)
+    fast.engine.cache.filled.fill_(POSITION)
     rows.loop.begin()
     (climb,) = policy.schedule(30, 2).plans()[1:]
     ours, theirs = stepper(fast, climb), stepper(fast, beside)

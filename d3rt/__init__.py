@@ -37,19 +37,20 @@ from d3rt.policies import (
 
 if TYPE_CHECKING:
     from d3rt import evaluation, search
+    from d3rt.compiling import compile, load
     from d3rt.models.loading import demo_model, load_model
     from d3rt.result import GenerateOutput, GenerationStats
     from d3rt.row_batch import RowBatch
-    from d3rt.runtime import Runtime, compile, load
+    from d3rt.runtime import Runtime
     from d3rt.session import Reply, Session
 
 __version__ = "0.1.0"
 
 # Loaded on first use, because they bring torch and transformers with them.
 _LAZY = {
-    "compile": "d3rt.runtime",
+    "compile": "d3rt.compiling",
     "Runtime": "d3rt.runtime",
-    "load": "d3rt.runtime",
+    "load": "d3rt.compiling",
     "demo_model": "d3rt.models.loading",
     "load_model": "d3rt.models.loading",
     "Reply": "d3rt.session",

@@ -215,21 +215,21 @@ def step_replay(runtime: Runtime, plan: Plan, position: int, rows: int = 1) -> C
     """One recorded decode step of `plan` for `rows` rows at `position`, to be called over and over: without the
     dispatcher and all else that is not the step. The runtime's cache is overwritten, and all its replays for as many
     rows are at the position given last."""
-    cache = runtime._cache
+    cache = runtime.engine.cache
     for tensor in (cache.k, cache.v):
         tensor[:, :, :, : position + 1] = kv_line.kept_as(
             torch.full((runtime.config.head_dim,), 0.1), tensor.dtype
         )
-    buffers: StepBuffers = runtime._for_rows(rows).buffers
-    program = runtime.backend.record(lambda ops: runtime._decoder.decode_step(ops, plan, buffers))
+    buffers: StepBuffers = runtime.engine.for_rows(rows).buffers
+    program = runtime.backend.record(lambda ops: runtime.engine.decoder.decode_step(ops, plan, buffers))
     buffers.pos.fill_(position)
     return program.replay
 
 
 def step_bytes(runtime: Runtime, plan: Plan, position: int) -> int:
     """Weight and K,V bytes that the step of `step_replay` reads."""
-    (kv_bytes,) = runtime._kv_bytes([plan], lengths=[position], ends=[position])
-    return runtime._decoder.step_bytes(plan) + kv_bytes
+    (kv_bytes,) = runtime.engine.kv_bytes([plan], lengths=[position], ends=[position])
+    return runtime.engine.decoder.step_bytes(plan) + kv_bytes
 
 
 def teacher_forced(runtime: Runtime, tokens: Tensor, progress: Callable[[], None] = lambda: None) -> Tensor:

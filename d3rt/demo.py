@@ -24,11 +24,12 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from d3rt import bench
+from d3rt.compiling import compile
 from d3rt.models.loading import DEMO_MODEL_NAME, load_model
 from d3rt.plots import plot_run
 from d3rt.policies import parse
 from d3rt.result import GenerationStats
-from d3rt.runtime import Runtime, compile
+from d3rt.runtime import Runtime
 
 # Seconds of timed rounds; a slow machine makes fewer rounds (but three). Together with loading, streaming and the
 # rounds that do not count, the demo stays under three minutes.

@@ -20,9 +20,10 @@ from lm_eval.api.registry import register_model
 from lm_eval.models.utils import handle_stop_sequences
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
+from d3rt.compiling import compile
 from d3rt.evaluation.until import answer, prompt_ids
 from d3rt.progress import Bar
-from d3rt.runtime import Runtime, compile
+from d3rt.runtime import Runtime
 
 MAX_NEW_TOKENS = 256  # the harness' own
 _GREEDY = {"do_sample": (False, None), "temperature": (0, 0.0, None), "num_beams": (1, None)}

@@ -207,8 +207,8 @@ class Session:
         text = Detokenizer(runtime.tokenizer) if streaming and runtime.tokenizer is not None else None
         ids, turn = request.prompts[0].tolist(), _Reading(plans)
         new: list[int] = []
-        with runtime._exclusive():
-            answering = runtime._steps(
+        with runtime.engine.exclusive():
+            answering = runtime.engine.generate(
                 request,
                 plans,
                 [],
@@ -237,7 +237,7 @@ class Session:
     def _read(self, turn: _Reading, prompts: Sequence[Tensor], layers: LayerSet, rows: Rows) -> None:
         """Repairs what is cached as far as this turn can use it, and reads the rest of the prompt."""
         runtime, cached = self._runtime, self._cached
-        runtime._lend(self)
+        runtime.engine.lend(self)
         ids = prompts[0].tolist()
         # The last token is always read: its logits are where the answer starts.
         turn.shared = min(cached.shared(ids), len(ids) - 1)
@@ -245,22 +245,24 @@ class Session:
         turn.start, fills = self._usable(turn, layers)
         self._away = None  # from here on the line changes
         cached.truncate(turn.shared)
-        runtime._cache.truncate(LINE, turn.shared)
+        runtime.engine.cache.truncate(LINE, turn.shared)
         with runtime.backend.scope():
             for fill in fills:
-                hidden = runtime._cache.hidden[fill.gap][LINE, fill.start : fill.stop]
-                runtime._decoder.fill(fill.layer, hidden, runtime._cache, LINE, fill.start, rows.buffers)
-                runtime._cache.filled[fill.layer, LINE] = fill.stop
+                hidden = runtime.engine.cache.hidden[fill.gap][LINE, fill.start : fill.stop]
+                runtime.engine.decoder.fill(
+                    fill.layer, hidden, runtime.engine.cache, LINE, fill.start, rows.buffers
+                )
+                runtime.engine.cache.filled[fill.layer, LINE] = fill.stop
         turn.filled = len({at for fill in fills for at in range(fill.start, fill.stop)})
         turn.repair_seconds = time.perf_counter() - begin
         cached.truncate(turn.start)
-        runtime._prefill(prompts, layers, rows, [turn.start])
+        runtime.engine.prefill(prompts, layers, rows, [turn.start])
         turn.rows = rows
 
     def _usable(self, turn: _Reading, layers: LayerSet):
         """How many positions are used as they are once the fills are done, and the fills."""
         cached = self._cached
-        filled = self._runtime._cache.filled[:, LINE].tolist()
+        filled = self._runtime.engine.cache.filled[:, LINE].tolist()
         reads = layers.attention
         for plan in turn.plans[1:]:
             reads |= plan.layer_set.attention
@@ -281,7 +283,7 @@ class Session:
         ran = [getattr(step, "plan", step) for step in turn.rows.ran(turn.plans[: len(new)])]
         plans = [ran[0]] * (len(ids) - turn.start) + ran[1:]
         cached.append(tokens, plans)
-        runtime._cache.truncate(LINE, len(cached))
+        runtime.engine.cache.truncate(LINE, len(cached))
         shared = _shared(self.ids, ids)
         said = tuple(self.messages) if self.messages is not None else None
         self._turns.append(_Turn(shared, tuple(self.ids[shared:]), said, self._steps))
@@ -306,7 +308,7 @@ class Session:
         """The turn has failed: what it wrote is not there."""
         if turn.start is not None:
             self._cached.truncate(turn.start)
-            self._runtime._cache.truncate(LINE, len(self._cached))
+            self._runtime.engine.cache.truncate(LINE, len(self._cached))
 
     # -- the conversation ----------------------------------------------------------------------------------------------
 
@@ -314,8 +316,8 @@ class Session:
         """A second conversation that has said the same so far, and goes its own way from here; K,V is shared until one
         of them goes on."""
         runtime = self._runtime
-        with runtime._exclusive():
-            if runtime._tenant is not None and runtime._tenant() is self:
+        with runtime.engine.exclusive():
+            if runtime.engine.tenant is not None and runtime.engine.tenant() is self:
                 with runtime.backend.scope():
                     self._put_away()
             fork = Session(runtime, self._policy, self.kv_fill, self.restart_steps)
@@ -335,7 +337,7 @@ class Session:
         if tokens is not None and not 0 <= tokens <= len(self.ids):
             raise ValueError(f"rewind(tokens={tokens}): this conversation has {len(self.ids)} tokens.")
         runtime = self._runtime
-        with runtime._exclusive():
+        with runtime.engine.exclusive():
             if tokens is None:
                 for _ in range(turns):
                     back = self._take_turn_back()
@@ -349,8 +351,8 @@ class Session:
                     if back.tail:  # the turns before it were of another conversation
                         self._turns = []
             kept = self._cached.shared(self.ids)
-            if runtime._tenant is not None and runtime._tenant() is self:
-                runtime._cache.truncate(LINE, kept)
+            if runtime.engine.tenant is not None and runtime.engine.tenant() is self:
+                runtime.engine.cache.truncate(LINE, kept)
             if len(self._cached) > kept:
                 self._cached.truncate(kept)
                 if self._away is not None:
@@ -365,14 +367,14 @@ class Session:
     def _put_away(self) -> None:
         """Copies the K,V out of the cache, unless there is a copy already."""
         if self._away is None:
-            self._away = self._runtime._cache.take(LINE, len(self._cached), self._cached.num_gaps)
+            self._away = self._runtime.engine.cache.take(LINE, len(self._cached), self._cached.num_gaps)
 
     def _take_back(self) -> None:
         """Into the cache."""
         if self._away is not None:
-            self._runtime._cache.put(LINE, self._away)
+            self._runtime.engine.cache.put(LINE, self._away)
         else:  # nothing was ever cached
-            self._runtime._cache.truncate(LINE, 0)
+            self._runtime.engine.cache.truncate(LINE, 0)
 
     # -- in a file -----------------------------------------------------------------------------------------------------
 
@@ -381,8 +383,8 @@ class Session:
         a policy that has no name, OSError when the disk does not take it."""
         runtime, path = self._runtime, Path(path).expanduser().resolve()
         policy = self._policy.to_dict()
-        with runtime._exclusive():
-            if runtime._tenant is not None and runtime._tenant() is self:
+        with runtime.engine.exclusive():
+            if runtime.engine.tenant is not None and runtime.engine.tenant() is self:
                 with runtime.backend.scope():
                     self._put_away()
             line = self._away
@@ -460,7 +462,7 @@ class Session:
         if len(session._cached.plans) != length or any(plan.num_layers != layers for plan in known):
             raise _Mismatch("it is damaged: its tokens and plans do not fit together.")
         if tensors:
-            cache = runtime._cache
+            cache = runtime.engine.cache
             line_shape = (layers, cache.k.shape[2], length, cache.k.shape[4])
             hidden = tuple(tensors[f"hidden.{gap}"] for gap in range(session._cached.num_gaps))
             line = Line(tensors["k"], tensors["v"], hidden, tensors["filled"])
@@ -526,7 +528,7 @@ def _fingerprint(runtime: Runtime) -> str:
     """The same for runtimes whose K,V are the same: config, widths, and the weights' norms, which no two models
     share."""
     digest = hashlib.sha256(repr((runtime.config, str(runtime.widths), str(runtime.dtype))).encode())
-    for layer in runtime._decoder.weights.layers:
+    for layer in runtime.engine.decoder.weights.layers:
         for norm in (layer.attention_norm, layer.mlp_norm):
             digest.update(norm.cpu().numpy().tobytes())
     return digest.hexdigest()

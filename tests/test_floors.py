@@ -36,7 +36,7 @@ FLOORS = {
         "d3rt.storage",
         "d3rt.cached_sequence",
     ),
-    4: ("d3rt.runtime", "d3rt.session", "d3rt.row_batch"),
+    4: ("d3rt.compiling", "d3rt.engine", "d3rt.runtime", "d3rt.session", "d3rt.row_batch"),
     5: (
         "d3rt.cli",
         "d3rt.__main__",

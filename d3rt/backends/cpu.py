@@ -36,7 +36,7 @@ def gemm_dtypes(cpuinfo: str = "/proc/cpuinfo") -> set[torch.dtype]:
 # kernels have the processor's int8 dot products, which do four times as much as float32's.
 PACKED_TOKENS = 64
 _WITH_DOT_PRODUCTS = {"avx512"}
-MOST_TOKENS = 512  # of one call of `linear`: the runtime's PREFILL_CHUNK_TOKENS
+MOST_TOKENS = 512  # of one call of `linear`: the engine's PREFILL_CHUNK_TOKENS
 _GEMM_FLAGS = {
     torch.bfloat16: {"amx_bf16", "avx512_bf16", "bf16"},
     torch.float16: {"amx_fp16", "avx512_fp16", "asimdhp"},

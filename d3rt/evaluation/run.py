@@ -103,7 +103,7 @@ def _kept(
 def _fingerprint(runtime: Runtime) -> str:
     """Of the config and the beginning of every weight."""
     digest = hashlib.sha256(json.dumps(runtime._hf_config.to_dict(), sort_keys=True, default=str).encode())
-    for tensor in runtime._decoder.weights.tensors():
+    for tensor in runtime.engine.decoder.weights.tensors():
         values = tensor.flatten()[:_PROBE].cpu().contiguous()
         digest.update(values.view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:16]

@@ -27,13 +27,13 @@ def fast():
 
 def refusal(fast, error, *args, call=None, **kwargs):
     """The message of that error, after checking that the call touched neither cache nor last_run."""
-    before = fast.last_run, fast._cache.filled.clone(), fast._cache.k.clone(), fast.programs()
+    before = fast.last_run, fast.engine.cache.filled.clone(), fast.engine.cache.k.clone(), fast.programs()
     with pytest.raises(error) as caught:
         (call or fast.generate)(*args, **kwargs)
     assert fast.last_run is before[0]
-    assert torch.equal(fast._cache.filled, before[1])
+    assert torch.equal(fast.engine.cache.filled, before[1])
     # bit for bit: memory that nobody has written yet may hold NaN
-    assert torch.equal(fast._cache.k.view(torch.int32), before[2].view(torch.int32))
+    assert torch.equal(fast.engine.cache.k.view(torch.int32), before[2].view(torch.int32))
     assert fast.programs() == before[3]
     assert type(caught.value) is error
     return str(caught.value)

@@ -37,7 +37,9 @@ def test_a_backend_is_told_the_largest_matrix_that_a_prefill_may_have_to_unpack(
     monkeypatch.setattr(CpuBackend, "admit", lambda backend, needs: told.append(needs.unpacked))
     model = tiny_models.fresh("llama", **tiny_models.PACKABLE)
     fast = d3rt.compile(model, weights=width, max_seq_len=32, backend="cpu")
-    sizes = [w.shape[0] * w.shape[1] for layer in fast._decoder.weights.layers for w in layer.matrices()]
+    sizes = [
+        w.shape[0] * w.shape[1] for layer in fast.engine.decoder.weights.layers for w in layer.matrices()
+    ]
     assert told == [max(sizes) * packed]
 
 
@@ -48,8 +50,8 @@ def test_weights_of_the_models_own_dtype_are_its_very_tensors(backend, dtype):
     addresses = {parameter.data_ptr() for parameter in model.parameters()}
     fast = compiled(backend, model=model)
     fast.generate(**batch(), max_new_tokens=3)
-    assert all(weight.data_ptr() in addresses for weight in matrices(fast._decoder.weights))
-    assert fast._decoder.weights.lm_head is fast._decoder.weights.embed  # tied, and held once
+    assert all(weight.data_ptr() in addresses for weight in matrices(fast.engine.decoder.weights))
+    assert fast.engine.decoder.weights.lm_head is fast.engine.decoder.weights.embed  # tied, and held once
     assert {parameter.data_ptr() for parameter in model.parameters()} == addresses
 
 
@@ -303,7 +305,7 @@ def test_a_backend_is_told_beforehand_what_it_will_be_asked_for(monkeypatch, opt
     model = tiny_models.fresh("llama", **tiny_models.PACKABLE)
     fast = d3rt.compile(model, max_seq_len=70, batch_size=3, threads=1, backend="cpu", **options)
     (needs,) = told
-    assert needs.weight_dtypes == dtypes and needs.cache_dtype == fast._cache.k.dtype
-    assert needs.weights == nbytes(fast._decoder.weights.tensors())
+    assert needs.weight_dtypes == dtypes and needs.cache_dtype == fast.engine.cache.k.dtype
+    assert needs.weights == nbytes(fast.engine.decoder.weights.tensors())
     assert needs.kv_cache == fast.memory().kv_cache
-    assert needs.buffers == nbytes(fast._rope) + fast._for_rows(3).buffers.nbytes
+    assert needs.buffers == nbytes(fast.engine.rope) + fast.engine.for_rows(3).buffers.nbytes

@@ -93,7 +93,7 @@ def test_an_int8_cache_is_saved_as_such_and_can_be_asked_for_later(tmp_path, wei
     fast = packable(weights=weights, kv_cache_dtype="int8")
     fast.save(tmp_path / "saved")
     again = d3rt.load(tmp_path / "saved", threads=1)
-    assert again._cache.k.dtype == torch.int8
+    assert again.engine.cache.k.dtype == torch.int8
     assert_same(again, fast)
     packable(weights=weights).save(tmp_path / "wide")
     assert_same(d3rt.load(tmp_path / "wide", threads=1, kv_cache_dtype="int8"), fast)
@@ -119,7 +119,7 @@ def test_minima_of_packed_blocks_are_kept_where_there_are_any(tmp_path, kind):
     fast = Runtime(source, None, make_backend("cpu", 1), widths, None, 2, "auto", None)
     fast.save(tmp_path / "saved")
     again = d3rt.load(tmp_path / "saved", threads=1)
-    assert (again._decoder.weights.layers[0].wq.minima is None) is (kind is Symmetric)
+    assert (again.engine.decoder.weights.layers[0].wq.minima is None) is (kind is Symmetric)
     assert_same(again, fast)
 
 
@@ -144,7 +144,7 @@ def test_the_embedded_models_own_blocks_are_kept(tmp_path, demo):
 def test_a_tied_head_is_stored_once_and_shared_again(tmp_path, name, tied, weights):
     packable(name, weights=weights).save(tmp_path / "saved")
     assert any(name.startswith("lm_head") for name in stored(tmp_path / "saved")) is not tied
-    again = d3rt.load(tmp_path / "saved", threads=1)._decoder.weights
+    again = d3rt.load(tmp_path / "saved", threads=1).engine.decoder.weights
     assert (again.lm_head is again.embed) is tied
 
 
@@ -156,7 +156,7 @@ def test_the_weights_decide_what_is_tied_not_the_config(tmp_path, tied):
     fast = d3rt.compile(model, threads=1, batch_size=2)
     fast.save(tmp_path / "saved")
     again = d3rt.load(tmp_path / "saved", threads=1)
-    assert (again._decoder.weights.lm_head is again._decoder.weights.embed) is tied
+    assert (again.engine.decoder.weights.lm_head is again.engine.decoder.weights.embed) is tied
     assert_same(again, fast)
     assert model.config.tie_word_embeddings is not tied, "the model's own config is left alone"
 
@@ -203,7 +203,7 @@ def test_options_that_are_given_win(tmp_path):
     assert again.policy == d3rt.StaticLayers(layers=(0, 1, 2))
     assert (again.max_seq_len, again.batch_size, again.kv_fill) == (50, 3, "eager")
     assert again.backend.name == "reference" and again.tokenizer is tokenizer()
-    assert again._cache.k.dtype == torch.float16
+    assert again.engine.cache.k.dtype == torch.float16
 
 
 def test_another_policy_is_what_compile_would_make_with_it(tmp_path):

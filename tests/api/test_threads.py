@@ -86,7 +86,7 @@ def test_several_runtimes_run_at_the_same_time():
 
 def test_two_runtimes_share_one_model_and_its_weights():
     first, second = compiled(), compiled(policy="static:layers=0-1+4")
-    assert first._decoder.weights.embed.data_ptr() == second._decoder.weights.embed.data_ptr()
+    assert first.engine.decoder.weights.embed.data_ptr() == second.engine.decoder.weights.embed.data_ptr()
     assert not torch.equal(first.generate(ids()), second.generate(ids()))
 
 
@@ -166,7 +166,7 @@ for threads in (1, 2):
 
 running = threading.Thread(target=lambda: list(fast.stream(prompt, max_new_tokens=3_000)))
 running.start()
-while fast._owner is None:  # until it holds the runtime's lock, which stays locked for ever in the child's copy
+while fast.engine._owner is None:  # until it holds the runtime's lock, which stays locked for ever in the child's copy
     time.sleep(0.001)
 child("generate/running", lambda: fast.generate(prompt, max_new_tokens=5))
 running.join()
@@ -219,7 +219,7 @@ def test_a_dropped_runtime_is_freed_at_once(backend):
     fast = compiled(backend, threads=2)
     fast.generate(**batch(), max_new_tokens=4)
     list(fast.stream(ids(), max_new_tokens=4))
-    gone, cache = weakref.ref(fast), weakref.ref(fast._cache)
+    gone, cache = weakref.ref(fast), weakref.ref(fast.engine.cache)
     gc.disable()  # by its references alone: a K,V cache may be large
     try:
         del fast

@@ -24,7 +24,7 @@ def test_kv_fill_compares_what_each_mode_makes_of_a_second_turn():
     assert (
         eager.kl > 0.01 and abs(eager.kl - deferred.kl) < 1e-3 * eager.kl
     )  # float32: the same but for roundings
-    weights = fast._decoder.weights.layers
+    weights = fast.engine.decoder.weights.layers
     assert eager.filled_megabytes == pytest.approx(sum(weights[layer].kv_bytes for layer in (3, 4)) / 1e6)
     assert deferred.filled_megabytes == 0 and (exact.kept_bytes, deferred.kept_bytes) == (0, 4 * 48)
     assert exact.reused == 6 and eager.reused == deferred.reused == 6 + 7

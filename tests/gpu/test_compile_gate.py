@@ -123,7 +123,7 @@ def recorded(model: str, width: str) -> list:
     weights = {} if width in budgets.FLOATS else {"weights": width}
     hf_model = tiny_models.fresh(model, dtype, **({} if width in budgets.FLOATS else tiny_models.PACKABLE))
     runtime = d3rt.compile(hf_model, backend="reference", batch_size=2, **weights)
-    decoder, cache, rope = runtime._decoder, runtime._cache, runtime._rope
+    decoder, cache, rope = runtime.engine.decoder, runtime.engine.cache, runtime.engine.rope
     layers = decoder.config.num_hidden_layers
     buffers, slots = StepBuffers(decoder.config, cache, *rope, 2), SlotBuffers(2, tiny_models.VOCAB_SIZE, cpu)
     ops = Recorder(80, cpu, lambda tensor: True)

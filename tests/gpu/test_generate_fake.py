@@ -163,14 +163,16 @@ def test_python_drives_the_same_steps(gpu):
     options = dict(no_repeat_ngram_size=1, max_new_tokens=6, eos_token_id=None)
     fast = runtime(batch_size=2)
     fast.generate(**padded([PROMPT, OTHER]), max_new_tokens=2)
-    chosen_on_device = fast._rows[2].loop._slots.step.clone()
+    chosen_on_device = fast.engine._rows[2].loop._slots.step.clone()
     out = fast.generate(
         **padded([PROMPT, OTHER]), output_logits=True, return_dict_in_generate=True, **options
     )
     theirs = hugging_face([PROMPT, OTHER], output_logits=True, return_dict_in_generate=True, **options)
     assert torch.equal(out.sequences, theirs.sequences)
     torch.testing.assert_close(torch.stack(out.logits), torch.stack(theirs.logits), rtol=1e-4, atol=1e-4)
-    assert torch.equal(fast._rows[2].loop._slots.step, chosen_on_device), "Python's steps chose tokens too"
+    assert torch.equal(fast.engine._rows[2].loop._slots.step, chosen_on_device), (
+        "Python's steps chose tokens too"
+    )
 
 
 @pytest.mark.parametrize("width", ["int8", "int4"])
@@ -186,7 +188,7 @@ def test_packed_weights_decode_as_the_floats_they_stand_for(gpu, width):
     )
     dense = tiny_models.fresh("llama", **tiny_models.PACKABLE)
     with torch.no_grad():
-        for name, weight in family_of(dense.config).named(fast._decoder.weights).items():
+        for name, weight in family_of(dense.config).named(fast.engine.decoder.weights).items():
             floats = weight if isinstance(weight, torch.Tensor) else weight.dequantize()
             dense.get_parameter(name).copy_(floats)
         exact = dense(out.sequences[:, :-1]).logits[0]
@@ -264,11 +266,11 @@ def test_a_device_that_fails_midway_raises_a_typed_error(gpu):
 
 def test_a_step_that_would_read_a_hole_is_refused_by_name(gpu):
     fast = runtime()
-    rows, whole = fast._for_rows(1), LayerSet.full(5)
+    rows, whole = fast.engine.for_rows(1), LayerSet.full(5)
     programs = [rows.number(Plan.of(layers)) for layers in (LayerSet.of((0, 4), 5), whole)]
     rows.loop.prepare(programs, SamplingParams(), [])
-    fast._cache.reset()
-    fast._decoder.prefill([torch.tensor(PROMPT)], whole, fast._cache, rows.buffers, 512)
+    fast.engine.cache.reset()
+    fast.engine.decoder.prefill([torch.tensor(PROMPT)], whole, fast.engine.cache, rows.buffers, 512)
     rows.first_logits.replay()
     rows.loop.start(programs=programs, eos_tokens=[], pad_token=0, sampling=SamplingParams(), seen=[])
     with pytest.raises(HoleError, match="layer 1 of slot 0 has K,V for 5 positions, but this step reads 6"):
@@ -282,7 +284,7 @@ def test_memory_of_graphs_and_working_memory_is_reported(gpu):
     before = fast.memory().buffers
     fast.generate(torch.tensor([PROMPT]), max_new_tokens=2)
     assert fast.memory().buffers - before >= 4 * max(
-        launch.partials for launch in fast._rows[1].first_logits.recorded.launches
+        launch.partials for launch in fast.engine._rows[1].first_logits.recorded.launches
     )
     assert fast.programs()[0].device_bytes >= 0
 

@@ -56,10 +56,12 @@ def outline_of(name, **changes) -> Outline:
 @pytest.mark.parametrize("plan", PLANS, ids=str)
 def test_a_steps_bytes_are_those_of_the_compiled_model(name, plan):
     outline, fast = outline_of(name), tiny_models.runtime(name, batch_size=3)
-    (kv_bytes,) = fast._kv_bytes([plan], lengths=[7, 20, 1], ends=[99] * 3)
+    (kv_bytes,) = fast.engine.kv_bytes([plan], lengths=[7, 20, 1], ends=[99] * 3)
     nodes = outline.nodes(plan, 3)
-    assert sum(count * node.weight_bytes for node, count in nodes.items()) == fast._decoder.step_bytes(plan)
-    assert roofline.step_bytes(nodes, [8, 21, 2]) == fast._decoder.step_bytes(plan) + kv_bytes
+    assert sum(count * node.weight_bytes for node, count in nodes.items()) == fast.engine.decoder.step_bytes(
+        plan
+    )
+    assert roofline.step_bytes(nodes, [8, 21, 2]) == fast.engine.decoder.step_bytes(plan) + kv_bytes
 
 
 @pytest.mark.parametrize("weights", ["float16", "bfloat16", "int8", "int4"])
@@ -70,9 +72,9 @@ def test_a_steps_bytes_are_those_of_the_compiled_model_at_every_width(weights):
     fast = d3rt.compile(model, weights=weights, kv_cache_dtype="int8", threads=1)
     outline = outline_of("llama", weights=weights, kv_cache_dtype="int8", **tiny_models.PACKABLE)
     plan = Plan.of(LayerSet.of([0, 1, 5], 6), fill=[2])
-    (kv_bytes,) = fast._kv_bytes([plan], lengths=[9], ends=[99])
-    assert roofline.step_bytes(outline.nodes(plan), [10]) == fast._decoder.step_bytes(plan) + kv_bytes
-    assert outline.weight_bytes == sum(tensor.nbytes for tensor in fast._decoder.weights.tensors())
+    (kv_bytes,) = fast.engine.kv_bytes([plan], lengths=[9], ends=[99])
+    assert roofline.step_bytes(outline.nodes(plan), [10]) == fast.engine.decoder.step_bytes(plan) + kv_bytes
+    assert outline.weight_bytes == sum(tensor.nbytes for tensor in fast.engine.decoder.weights.tensors())
 
 
 def test_a_full_step_is_five_nodes_a_layer_and_four_more():

@@ -92,7 +92,7 @@ def test_every_parameter_of_the_model_is_in_the_weights(name):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_matrices_are_the_models_own_memory_and_norms_are_copies(dtype):
     model = tiny_models.fresh("llama-biases", dtype)
-    weights = d3rt.compile(model)._decoder.weights
+    weights = d3rt.compile(model).engine.decoder.weights
     layer, theirs = weights.layers[1], model.model.layers[1]
     shared = {
         "embed": (weights.embed, model.model.embed_tokens),
@@ -119,14 +119,16 @@ def test_matrices_are_the_models_own_memory_and_norms_are_copies(dtype):
 
 def test_a_tied_head_is_one_tensor_and_an_untied_head_is_two():
     for name, tied in (("llama-tied", True), ("llama", False)):
-        weights = d3rt.compile(tiny_models.fresh(name))._decoder.weights
+        weights = d3rt.compile(tiny_models.fresh(name)).engine.decoder.weights
         assert (weights.lm_head is weights.embed) is tied
 
 
 def test_another_dtype_makes_copies_and_leaves_the_models_dtype():
     model = tiny_models.fresh("llama")
     fast = d3rt.compile(model, dtype="bfloat16")
-    assert fast.dtype == fast._cache.k.dtype == fast._decoder.weights.embed.dtype == torch.bfloat16
+    assert (
+        fast.dtype == fast.engine.cache.k.dtype == fast.engine.decoder.weights.embed.dtype == torch.bfloat16
+    )
     assert model.dtype == torch.float32
     assert fast.memory().shared_weights == 0
 

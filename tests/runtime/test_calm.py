@@ -269,13 +269,13 @@ def test_every_layer_has_every_positions_kv_and_nothing_unwritten_is_read(policy
     fast = tiny_models.runtime("llama", policy, backend=backend)
     inputs = inputs_of()
     clean = fast.generate(**inputs, **FREE)
-    fast._cache.k.fill_(torch.nan)
-    fast._cache.v.fill_(torch.nan)
+    fast.engine.cache.k.fill_(torch.nan)
+    fast.engine.cache.v.fill_(torch.nan)
     assert torch.equal(fast.generate(**inputs, **FREE), clean)
     for row, prompt in enumerate(PROMPTS):
         written = len(prompt) + STEPS - 1
-        assert (fast._cache.filled[:, row] == written).all()
-        for kept in (fast._cache.k, fast._cache.v):
+        assert (fast.engine.cache.filled[:, row] == written).all()
+        for kept in (fast.engine.cache.k, fast.engine.cache.v):
             assert kept[:, row, :, :written].isfinite().all()
             assert kept[:, row, :, written:].isnan().all()
 
@@ -359,7 +359,7 @@ def test_nan_in_a_layer_is_never_confident(measure, backend):
     # The prompt's own logits are broken, so a run gets no further; the step is asked for by hand.
     with pytest.raises(NotFiniteError):
         fast.generate(torch.tensor([PROMPTS[0]]), **FREE)
-    rows = fast._for_rows(1)
+    rows = fast.engine.for_rows(1)
     number = rows.number(fast.policy.schedule(6, 2).plans()[1])
     rows.loop.begin()
     rows.loop.commit([5], [False])
@@ -408,7 +408,7 @@ def test_only_the_layers_of_the_depth_are_executed_and_the_rest_is_filled(policy
 def test_statistics_count_layers_fills_and_tests(policy, backend):
     fast = tiny_models.runtime("llama", policy, backend=backend)
     fast.generate(torch.tensor([PROMPTS[0]]), **FREE)
-    stats, weights = fast.last_run, fast._decoder.weights
+    stats, weights = fast.last_run, fast.engine.decoder.weights
     head = weights.lm_head.nbytes + weights.norm.nbytes
     for step, depth in enumerate(stats.depths[1:], 1):
         expected = sum(layer.attention_bytes + layer.mlp_bytes for layer in weights.layers[:depth])
@@ -419,7 +419,7 @@ def test_statistics_count_layers_fills_and_tests(policy, backend):
         assert stats.layers[step] == ("0-" if depth > 1 else "0") + (str(depth - 1) if depth > 1 else "")
         line = 2 * 2 * 12 * 4  # K and V, heads, values, bytes
         assert stats.kv_bytes[step] == depth * line * (len(PROMPTS[0]) + step)
-    assert stats.full_weight_bytes == fast._decoder.step_bytes(schedules.plans_of(fast, 1)[0])
+    assert stats.full_weight_bytes == fast.engine.decoder.step_bytes(schedules.plans_of(fast, 1)[0])
 
 
 @each_backend
@@ -460,7 +460,7 @@ def test_its_buffers_count_as_memory():
     fast = tiny_models.runtime("llama", POLICIES["state"], batch_size=3)
     before = fast.memory().buffers
     fast.warmup(rows=3)
-    held = fast._for_rows(3)
+    held = fast.engine.for_rows(3)
     assert held.ladders.nbytes == 3 * (48 + 1) * 4
     assert fast.memory().buffers >= before + held.nbytes
 

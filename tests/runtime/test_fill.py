@@ -35,7 +35,7 @@ def test_the_cache_holds_what_the_models_own_layers_make_of_the_hidden_state(nam
     for row, (same, exact) in enumerate(runs):
         # The last token's K,V are not written: no step has consumed it.
         places = [(layer, pos) for layer in range(layers) for pos in range(len(PROMPTS[row]) + STEPS - 1)]
-        for cache, read in ((fast._cache.k, oracle.Run.keys), (fast._cache.v, oracle.Run.values)):
+        for cache, read in ((fast.engine.cache.k, oracle.Run.keys), (fast.engine.cache.v, oracle.Run.values)):
             ours = torch.stack([cache[layer, row, :, pos] for layer, pos in places])
             theirs, truth = (torch.stack([read(run, *place) for place in places]) for run in (same, exact))
             assert ours.dtype == dtype
@@ -45,11 +45,11 @@ def test_the_cache_holds_what_the_models_own_layers_make_of_the_hidden_state(nam
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_step_writes_its_own_position_in_the_layers_it_runs_or_fills_and_nothing_else(backend):
     fast = tiny_models.runtime("llama", backend=backend, batch_size=3)
-    rows = fast._for_rows(2)
-    cache, buf = fast._cache, rows.buffers
+    rows = fast.engine.for_rows(2)
+    cache, buf = fast.engine.cache, rows.buffers
     prompts = [torch.tensor(prompt) for prompt in PROMPTS]
     cache.reset()
-    fast._decoder.prefill(prompts, LayerSet.full(6), cache, buf, 512)
+    fast.engine.decoder.prefill(prompts, LayerSet.full(6), cache, buf, 512)
     rows.loop.begin()
     rows.loop.commit([3, 4], [False, False])
     # A value that no K,V is, in every place the prompts have not written, the third slot included.
@@ -84,12 +84,12 @@ def test_auto_fills_only_what_a_later_step_reads():
     policy = d3rt.LayerSchedule(sets=((0,), (0, 5), (0, 3, 5), (0, 5)))
     fast = tiny_models.runtime("llama", policy)
     prompt = tiny_models.prompt(4)
-    fast._cache.k.fill_(torch.nan)
+    fast.engine.cache.k.fill_(torch.nan)
     fast.generate(torch.tensor([prompt]), max_new_tokens=5, eos_token_id=None)
     written = [
         (layer, int(pos))
         for layer in range(6)
-        for pos in fast._cache.k[layer, 0, 0, :, 0].isfinite().nonzero()
+        for pos in fast.engine.cache.k[layer, 0, 0, :, 0].isfinite().nonzero()
     ]
     expected = {(layer, pos) for layer in range(6) for pos in range(4)}
     expected |= {(layer, pos) for layer in (0, 5) for pos in range(4, 8)}

@@ -17,8 +17,8 @@ STEPS = 20
 
 def answer(fast, inputs, poison):
     """Tokens and logits of STEPS steps, after filling the whole cache with `poison`."""
-    fast._cache.k.fill_(poison)
-    fast._cache.v.fill_(poison)
+    fast.engine.cache.k.fill_(poison)
+    fast.engine.cache.v.fill_(poison)
     out = fast.generate(
         **inputs,
         max_new_tokens=STEPS,
@@ -26,8 +26,8 @@ def answer(fast, inputs, poison):
         output_logits=True,
         return_dict_in_generate=True,
     )
-    fast._cache.k.fill_(poison)
-    fast._cache.v.fill_(poison)
+    fast.engine.cache.k.fill_(poison)
+    fast.engine.cache.v.fill_(poison)
     native = fast.generate(**inputs, max_new_tokens=STEPS, eos_token_id=None)
     assert torch.equal(native, out.sequences)
     return out.sequences, torch.stack(out.logits)
@@ -48,14 +48,16 @@ def test_nan_in_every_unwritten_place_changes_no_bit(policy, backend):
 def test_a_nested_policy_fills_nothing_and_leaves_the_holes_as_they_were(policy):
     fast = tiny_models.runtime("llama", policy)
     prompt = tiny_models.prompt(7)
-    fast._cache.k.fill_(torch.nan)
-    fast._cache.v.fill_(torch.nan)
+    fast.engine.cache.k.fill_(torch.nan)
+    fast.engine.cache.v.fill_(torch.nan)
     fast.generate(torch.tensor([prompt]), max_new_tokens=STEPS, eos_token_id=None)
     plans = schedules.plans_of(fast, STEPS)
     for step, plan in enumerate(plans[1:]):
         assert plan.fill_layers == ()
         for layer in range(6):
-            k, v = (cache[layer, 0, :, len(prompt) + step] for cache in (fast._cache.k, fast._cache.v))
+            k, v = (
+                cache[layer, 0, :, len(prompt) + step] for cache in (fast.engine.cache.k, fast.engine.cache.v)
+            )
             if layer in plan.layer_set.attention_layers:
                 assert k.isfinite().all() and v.isfinite().all()
             else:
@@ -77,8 +79,8 @@ def test_a_window_never_reads_what_it_has_left_behind(name, backend):
         pos = len(prompt) + step - 1
         for layer, window in enumerate(windows):
             if window:
-                fast._cache.k[layer, :, :, : pos + 1 - window] = torch.nan
-                fast._cache.v[layer, :, :, : pos + 1 - window] = torch.nan
+                fast.engine.cache.k[layer, :, :, : pos + 1 - window] = torch.nan
+                fast.engine.cache.v[layer, :, :, : pos + 1 - window] = torch.nan
         rows.loop.step(rows.number(plan))
         tokens.append(int(rows.buffers.logits[0].argmax()))
     assert tokens == expected
@@ -86,10 +88,10 @@ def test_a_window_never_reads_what_it_has_left_behind(name, backend):
 
 def begin(fast, prompt):
     """Prefills one row through all layers and stands before step 0's choice, as the runtime does."""
-    rows = fast._for_rows(1)
-    fast._cache.reset()
+    rows = fast.engine.for_rows(1)
+    fast.engine.cache.reset()
     whole = LayerSet.full(fast.config.num_hidden_layers)
-    fast._decoder.prefill([torch.tensor(prompt)], whole, fast._cache, rows.buffers, 512)
+    fast.engine.decoder.prefill([torch.tensor(prompt)], whole, fast.engine.cache, rows.buffers, 512)
     rows.first_logits.replay()
     rows.loop.begin()
     return rows

@@ -11,7 +11,7 @@ import tiny_models
 import torch
 
 import d3rt
-from d3rt import runtime as runtime_module
+from d3rt import engine
 from d3rt.kernels import kv_line
 from d3rt.plan import LayerSet
 
@@ -67,7 +67,7 @@ def test_cpu_and_reference_answer_alike(name):
 @pytest.mark.parametrize("name", ["llama-biases", "mistral-window", "qwen2-window", "qwen3-window"])
 def test_a_prompt_read_in_chunks_answers_as_one_read_at_once(name, chunk, monkeypatch):
     floats, at_once = forced_logits(name)[0], int8_logits(name)[0]
-    monkeypatch.setattr(runtime_module, "PREFILL_CHUNK_TOKENS", chunk)
+    monkeypatch.setattr(engine, "PREFILL_CHUNK_TOKENS", chunk)
     assert rms(int8_logits(name)[0] - at_once) <= CLOSE * rms(at_once - floats)
 
 
@@ -109,8 +109,8 @@ def test_what_was_never_written_is_never_read_and_filling_it_changes_no_bit(poli
     answers = []
     for kv_fill, unwritten in (("auto", 0), ("auto", kv_line.POISON), ("eager", kv_line.POISON)):
         fast = tiny_models.runtime("llama", policy, backend=backend, kv_cache_dtype="int8", kv_fill=kv_fill)
-        fast._cache.k.fill_(unwritten)
-        fast._cache.v.fill_(unwritten)
+        fast.engine.cache.k.fill_(unwritten)
+        fast.engine.cache.v.fill_(unwritten)
         options = dict(max_new_tokens=STEPS, eos_token_id=None, return_dict_in_generate=True)
         answers.append(fast.generate(**INPUTS, **options, output_logits=True))
     for answer in answers[1:]:
@@ -121,11 +121,15 @@ def test_what_was_never_written_is_never_read_and_filling_it_changes_no_bit(poli
 
 def test_a_poisoned_line_that_is_read_stops_the_generation():
     fast = tiny_models.runtime("llama", kv_cache_dtype="int8")
-    rows = fast._for_rows(1)
-    fast._cache.reset()
-    fast._decoder.prefill([torch.tensor(PROMPTS[0])], LayerSet.full(6), fast._cache, rows.buffers, 512)
-    fast._cache.v[3, 0, 1, 5] = kv_line.POISON
-    program = fast.backend.record(lambda ops: fast._decoder.decode_step(ops, full_plan(fast), rows.buffers))
+    rows = fast.engine.for_rows(1)
+    fast.engine.cache.reset()
+    fast.engine.decoder.prefill(
+        [torch.tensor(PROMPTS[0])], LayerSet.full(6), fast.engine.cache, rows.buffers, 512
+    )
+    fast.engine.cache.v[3, 0, 1, 5] = kv_line.POISON
+    program = fast.backend.record(
+        lambda ops: fast.engine.decoder.decode_step(ops, full_plan(fast), rows.buffers)
+    )
     rows.buffers.pos.add_(1)
     program.replay()
     assert rows.buffers.logits.isnan().all()
@@ -138,11 +142,11 @@ def full_plan(fast):
 @pytest.mark.parametrize("name", ["llama", "qwen2-window"])
 def test_the_prefill_writes_the_prompts_lines_and_nothing_else(name):
     fast = tiny_models.runtime(name, kv_cache_dtype="int8")
-    cache, rows = fast._cache, fast._for_rows(4)
+    cache, rows = fast.engine.cache, fast.engine.for_rows(4)
     cache.k.fill_(kv_line.POISON)
     cache.v.fill_(kv_line.POISON)
     layers = LayerSet.of((0, 2), fast.config.num_hidden_layers)
-    fast._decoder.prefill([torch.tensor(prompt) for prompt in PROMPTS], layers, cache, rows.buffers, 5)
+    fast.engine.decoder.prefill([torch.tensor(prompt) for prompt in PROMPTS], layers, cache, rows.buffers, 5)
     for tensor in (cache.k, cache.v):
         written = (tensor != kv_line.POISON).any(-1)
         expected = torch.zeros_like(written)

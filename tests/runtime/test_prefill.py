@@ -7,7 +7,7 @@ import tiny_models
 import torch
 
 import d3rt
-from d3rt import runtime as runtime_module
+from d3rt import engine
 from d3rt.plan import LayerSet
 
 STEPS = 8
@@ -30,7 +30,7 @@ def generate(fast, prompts):
 @pytest.mark.parametrize("name", ["llama-biases", "mistral-window", "qwen2-window", "qwen3-window"])
 def test_a_prompt_read_in_chunks_equals_the_oracle(name, chunk, monkeypatch):
     prompts = tiny_models.ragged(LENGTHS)
-    monkeypatch.setattr(runtime_module, "PREFILL_CHUNK_TOKENS", chunk)
+    monkeypatch.setattr(engine, "PREFILL_CHUNK_TOKENS", chunk)
     fast = tiny_models.runtime(name, d3rt.D3(alpha=0.9, start=0.5))
     tokens, logits = generate(fast, prompts)
     plans = schedules.plans_of(fast, STEPS)
@@ -42,7 +42,7 @@ def test_a_prompt_read_in_chunks_equals_the_oracle(name, chunk, monkeypatch):
 
 def test_chunks_in_bfloat16_stay_within_bfloat16s_error(monkeypatch):
     prompts = tiny_models.ragged(LENGTHS)
-    monkeypatch.setattr(runtime_module, "PREFILL_CHUNK_TOKENS", 7)
+    monkeypatch.setattr(engine, "PREFILL_CHUNK_TOKENS", 7)
     fast = tiny_models.runtime("llama", dtype=torch.bfloat16)
     plans = schedules.plans_of(fast, 1)
     runs = [schedules.truth("llama", torch.bfloat16, plans, tuple(prompt)) for prompt in prompts]
@@ -56,11 +56,13 @@ def test_chunks_in_bfloat16_stay_within_bfloat16s_error(monkeypatch):
 def test_the_prefill_writes_the_prompts_kv_and_nothing_else(name, chunk, monkeypatch):
     prompts = tiny_models.ragged(LENGTHS)
     fast = tiny_models.runtime(name)
-    cache, rows = fast._cache, fast._for_rows(4)
+    cache, rows = fast.engine.cache, fast.engine.for_rows(4)
     cache.k.fill_(torch.nan)
     cache.v.fill_(torch.nan)
     layers = LayerSet.of((0, 1, 3), 4)
-    fast._decoder.prefill([torch.tensor(prompt) for prompt in prompts], layers, cache, rows.buffers, chunk)
+    fast.engine.decoder.prefill(
+        [torch.tensor(prompt) for prompt in prompts], layers, cache, rows.buffers, chunk
+    )
     for tensor in (cache.k, cache.v):
         written = tensor.isfinite()
         expected = torch.zeros_like(written)

@@ -37,12 +37,12 @@ class State:
 
     def __init__(self, name, dtype=torch.float32, threads=1, rows=3):
         self.fast = tiny_models.runtime(name, dtype=dtype, threads=threads)
-        self.rows = self.fast._for_rows(rows)
-        self.buffers, cache = self.rows.buffers, self.fast._cache
+        self.rows = self.fast.engine.for_rows(rows)
+        self.buffers, cache = self.rows.buffers, self.fast.engine.cache
         prompts = [torch.tensor(prompt) for prompt in PROMPTS[:rows]]
         cache.k.zero_()
         cache.v.zero_()
-        self.fast._decoder.prefill(prompts, LayerSet.full(4), cache, self.buffers, 512)
+        self.fast.engine.decoder.prefill(prompts, LayerSet.full(4), cache, self.buffers, 512)
         self.buffers.token.copy_(torch.tensor([5, 77, 130][:rows]))
         self.buffers.pos.add_(1)
         self.tensors = [cache.k, cache.v, self.buffers.x, self.buffers.logits]
@@ -56,7 +56,9 @@ class State:
             tensor.copy_(value)
 
     def record(self, plan):
-        return self.fast.backend.record(lambda ops: self.fast._decoder.decode_step(ops, plan, self.buffers))
+        return self.fast.backend.record(
+            lambda ops: self.fast.engine.decoder.decode_step(ops, plan, self.buffers)
+        )
 
     def result_of(self, *programs):
         """K, V, x and logits after these programs, from the start."""
@@ -81,7 +83,7 @@ def test_a_recorded_step_equals_its_ops_run_one_by_one(name, plan, dtype, rows):
     replayed = state.result_of(recorded)
     state.restore()
     eager = OneByOne(state.fast.backend)
-    state.fast._decoder.decode_step(eager, plan, state.buffers)
+    state.fast.engine.decoder.decode_step(eager, plan, state.buffers)
     assert eager.names == recorded.ops
     assert_same_bits(state.now(), replayed)
     assert not torch.equal(state.start[3], replayed[3])

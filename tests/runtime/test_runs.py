@@ -87,13 +87,13 @@ def test_filled_lengths_say_how_far_each_layers_kv_is_complete(policy, kv_fill, 
                 written = (*plans[step].layer_set.attention_layers, *plans[step].fill_layers)
                 if complete == len(prompt) + step - 1 and layer in written:
                     complete += 1
-            assert fast._cache.filled[layer, row] == complete, f"layer {layer}, row {row}"
+            assert fast.engine.cache.filled[layer, row] == complete, f"layer {layer}, row {row}"
 
 
 def test_eager_filling_leaves_every_layer_complete():
     fast = tiny_models.runtime("llama", schedules.POLICIES["d3-slide"], kv_fill="eager")
     fast.generate(torch.tensor([tiny_models.prompt(5)]), **options())
-    assert (fast._cache.filled[:, 0] == 5 + STEPS - 1).all()
+    assert (fast.engine.cache.filled[:, 0] == 5 + STEPS - 1).all()
 
 
 # -- limits -------------------------------------------------------------------------------------------------------
@@ -180,9 +180,9 @@ def test_equal_steps_share_one_recording():
 def test_a_bad_token_in_the_buffer_is_refused_before_anything_runs():
     fast = tiny_models.runtime("llama")
     fast.generate(torch.tensor([tiny_models.prompt(5)]), max_new_tokens=2, eos_token_id=None)
-    rows = fast._for_rows(1)
+    rows = fast.engine.for_rows(1)
     rows.loop.begin()
     rows.loop.commit([tiny_models.VOCAB_SIZE], [False])
-    fast._cache.filled.fill_(100)
+    fast.engine.cache.filled.fill_(100)
     with pytest.raises(ValueError, match=r"token\[0\] is 131, but must be in 0..130"):
         rows.loop.step(0)

@@ -66,21 +66,23 @@ def test_fewer_bytes_are_read(model, weights, share):
 
 def test_each_part_has_a_width_of_its_own(model):
     fast = d3rt.compile(model, weights="int4", lm_head="bf16", kv_cache_dtype="fp16")
-    weights = fast._decoder.weights
+    weights = fast.engine.decoder.weights
     assert weights.layers[0].wq.format == "int4" and weights.lm_head.dtype == torch.bfloat16
-    assert fast._cache.k.dtype == torch.float16
+    assert fast.engine.cache.k.dtype == torch.float16
     assert "int4 (lm_head bfloat16, K,V float16)" in repr(fast)
 
 
 def test_four_bits_keep_the_head_at_eight_and_the_cache_at_sixteen(model):
     fast = d3rt.compile(model, weights="int4")
-    assert fast._decoder.weights.lm_head.format == "int8" and fast._cache.k.dtype == torch.bfloat16
+    assert (
+        fast.engine.decoder.weights.lm_head.format == "int8" and fast.engine.cache.k.dtype == torch.bfloat16
+    )
 
 
 def test_the_cache_alone_may_be_int8(model):
     fast = d3rt.compile(model, kv_cache_dtype="int8")
-    assert fast._decoder.weights.layers[0].wq.dtype == torch.float32
-    assert fast._cache.k.dtype == fast.dtype == torch.int8 and fast._cache.k.shape[-1] == 16 + 4
+    assert fast.engine.decoder.weights.layers[0].wq.dtype == torch.float32
+    assert fast.engine.cache.k.dtype == fast.dtype == torch.int8 and fast.engine.cache.k.shape[-1] == 16 + 4
     assert "float32 (lm_head float32, K,V int8)" in repr(fast)
 
 
@@ -90,7 +92,7 @@ def test_float16_is_shared_with_the_model_and_close_to_it(model):
     half = copy.deepcopy(model).half()
     fast = d3rt.compile(half)
     assert (
-        fast._decoder.weights.layers[0].wq.data_ptr()
+        fast.engine.decoder.weights.layers[0].wq.data_ptr()
         == half.model.layers[0].self_attn.q_proj.weight.data_ptr()
     )
     call = dict(max_new_tokens=1, output_logits=True, return_dict_in_generate=True)
@@ -136,7 +138,7 @@ def test_the_embedded_model_speaks_at_every_width(demo):
     from_file = d3rt.compile(None, weights="int4")
     for fast in (d3rt.compile(model, weights="fp16"), d3rt.compile(model, weights="int8"), from_file):
         assert "Paris" in tokenizer.decode(fast.generate(**ids, max_new_tokens=8)[0]), repr(fast)
-    assert from_file._decoder.weights.layers[0].wq.minima is not None, "the file's Q4_1 blocks"
-    again = d3rt.compile(model, weights="int4")._decoder.weights.layers[0].wq
-    assert torch.equal(again.dequantize(), from_file._decoder.weights.layers[0].wq.dequantize())
-    assert isinstance(from_file._decoder.weights.lm_head, PackedMatrix), "the file's Q8_0 blocks"
+    assert from_file.engine.decoder.weights.layers[0].wq.minima is not None, "the file's Q4_1 blocks"
+    again = d3rt.compile(model, weights="int4").engine.decoder.weights.layers[0].wq
+    assert torch.equal(again.dequantize(), from_file.engine.decoder.weights.layers[0].wq.dequantize())
+    assert isinstance(from_file.engine.decoder.weights.lm_head, PackedMatrix), "the file's Q8_0 blocks"

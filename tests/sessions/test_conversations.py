@@ -280,14 +280,14 @@ def test_a_turn_whose_prefill_raises_leaves_the_conversation_as_it_was(kv_fill, 
     fast = runtime(kv_fill)
     session, straight = fast.session(), fast.session()
     say(session, 0), say(straight, 0)
-    before, chunk = state(session), fast._decoder._prefill_chunk
+    before, chunk = state(session), fast.engine.decoder._prefill_chunk
     with monkeypatch.context() as patch:
 
         def half(prompts, pieces, *more):
             chunk(prompts, pieces, *more)
             raise Stops
 
-        patch.setattr(fast._decoder, "_prefill_chunk", half)
+        patch.setattr(fast.engine.decoder, "_prefill_chunk", half)
         with pytest.raises(Stops):
             say(session, 1)
     assert state(session) == before
@@ -301,7 +301,7 @@ def test_a_fill_that_raises_leaves_the_conversation_as_it_was(kv_fill, monkeypat
     say(session, 0), say(straight, 0)
     before = state(session)
     with monkeypatch.context() as patch:
-        fill, calls = fast._decoder.fill, []
+        fill, calls = fast.engine.decoder.fill, []
 
         def second(*given):
             calls.append(given)
@@ -309,7 +309,7 @@ def test_a_fill_that_raises_leaves_the_conversation_as_it_was(kv_fill, monkeypat
                 raise Stops
             fill(*given)
 
-        patch.setattr(fast._decoder, "fill", second)
+        patch.setattr(fast.engine.decoder, "fill", second)
         if kv_fill == "deferred":
             with pytest.raises(Stops):
                 say(session, 1)
@@ -371,7 +371,7 @@ def test_a_session_that_is_gone_is_not_put_away():
     session = fast.session()
     say(session, 0)
     del session
-    assert fast._tenant() is None
+    assert fast.engine.tenant() is None
     assert len(fast.generate(torch.tensor([[5, 6]]), max_new_tokens=3, eos_token_id=None)[0]) == 5
 
 

@@ -55,7 +55,7 @@ class Fuzz:
         self.kv_fill = self.draw.choice(("eager", "deferred", "recompute", "auto"))
         self.model = tiny_models.make(NAME)
         self.fast = tiny_models.runtime(NAME, backend=backend, kv_fill=self.kv_fill, threads=2)
-        self.fast._cache.k.fill_(torch.nan), self.fast._cache.v.fill_(torch.nan)
+        self.fast.engine.cache.k.fill_(torch.nan), self.fast.engine.cache.v.fill_(torch.nan)
         self.pairs = [self.new()]
         self.steps = 0
 

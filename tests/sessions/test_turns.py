@@ -51,7 +51,7 @@ def expected(name, policy, kv_fill, turns=TURNS, new=NEW, lengths=(6, 3, 4), dty
 @pytest.mark.parametrize("policy", schedules.POLICIES.values(), ids=schedules.POLICIES.keys())
 def test_every_turn_is_the_oracles(policy, kv_fill, backend):
     fast = tiny_models.runtime("llama", policy, backend=backend, kv_fill=kv_fill)
-    fast._cache.k.fill_(torch.nan), fast._cache.v.fill_(torch.nan)
+    fast.engine.cache.k.fill_(torch.nan), fast.engine.cache.v.fill_(torch.nan)
     assert talk(fast.session()) == expected("llama", policy, kv_fill)
 
 
@@ -91,7 +91,7 @@ def test_deferred_makes_the_kv_that_eager_makes_within_the_dtype(dtype, cache):
         )
         kept[kv_fill] = [
             d3rt.kernels.kv_line.read(each[:, 0, :, : 6 + NEW - 1]).double()
-            for each in (fast._cache.k, fast._cache.v)
+            for each in (fast.engine.cache.k, fast.engine.cache.v)
         ]
     narrow = torch.bfloat16 if cache == "int8" else dtype  # of the hidden state that was kept
     # Roundings: of sums in another order, and of the state.
