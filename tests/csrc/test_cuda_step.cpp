@@ -93,9 +93,9 @@ TEST(cuda_step, "a graph is a chain of the tape's launches, in order") {
   const Fake fake;
   const auto context = open();
   Tape tape(context);
-  for (const char* op : {"a", "b", "c"}) tape.add(op, kernel(context, op, 3, 64, 50000), {2, 1, 1}, {kA});
+  for (const char* op : {"a", "b", "c"}) tape.add(op, kernel(context, op, 3, 64, 50000), {2, 3, 5}, {kA});
   const auto step = Step::graph(tape, nullptr);
-  const std::string rest = " grid=2,1,1 block=64 shared=50000 arguments=" + kHexA + kNull + kNull + " after=";
+  const std::string rest = " grid=2,3,5 block=64 shared=50000 arguments=" + kHexA + kNull + kNull + " after=";
   CHECK(Fake::log("cuGraphAddKernelNode") ==
         (Lines{"cuGraphAddKernelNode a" + rest, "cuGraphAddKernelNode b" + rest + "0",
                "cuGraphAddKernelNode c" + rest + "1"}));
