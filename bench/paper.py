@@ -76,6 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             threads=given.threads,
             tokenizer=tokenizer,
             max_seq_len=4096,
+            batch_size=8,
         )
         found = part.measure(fast, given)
     print(part.markdown(found))

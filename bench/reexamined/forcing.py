@@ -1,7 +1,7 @@
 """Forced tokens: what a policy would have chosen from, and at which cost, along a given continuation.
 
-Through sessions, so that a prompt is read once, however many policies go on from it. A policy's steps are those of
-`generate`: token i runs at the depth that token i has in use."""
+A policy's steps are those of `generate`: token i runs at the depth that token i has in use. Items with long prompts go
+through a session, so that a prompt is read once, however many policies go on from it; others side by side."""
 
 from __future__ import annotations
 
@@ -21,10 +21,11 @@ from d3rt.evaluation.intervals import bootstrap
 from d3rt.evaluation.journal import Journal, Key
 from d3rt.evaluation.scoring import cut
 from d3rt.evaluation.until import Cost
-from d3rt.policies import FullDepth, Policy
+from d3rt.policies import EarlyExit, FullDepth, Policy
 from d3rt.progress import Bar
 
 FULL = "full"
+SHORT_PROMPT = 256  # tokens
 PLAIN = {"do_sample": False, "repetition_penalty": 1.0}
 Result = dict[str, Any]
 
@@ -56,6 +57,7 @@ class Teacher:
     """Forces tokens on one runtime; the prompt before is kept from call to call."""
 
     def __init__(self, fast: d3rt.Runtime):
+        self._runtime = fast
         self._session = fast.session(FullDepth())
 
     def greedy(
@@ -71,8 +73,24 @@ class Teacher:
                     break
         return self._session.last_reply.tokens, cut(text, stops)
 
-    def logs(self, item: Item, policy: Policy) -> tuple[Tensor, Cost]:
-        """Log-probabilities [N, V] of each step along item.tokens, and what the steps cost."""
+    def logs(self, items: Sequence[Item], policy: Policy) -> list[tuple[Tensor, Cost]]:
+        """Of each item the log-probabilities [N, V] of each step along its tokens, and what the steps cost."""
+        if len(items) == 1 or isinstance(policy, EarlyExit):  # a batch would exit by its worst row
+            return [self._alone(item, policy) for item in items]
+        self._runtime.policy = policy
+        longest = max(len(item.tokens) for item in items)
+        tokens = torch.zeros(len(items), longest, dtype=torch.int64)
+        for row, item in enumerate(items):
+            tokens[row, : len(item.tokens)] = torch.tensor(item.tokens)
+        prompts = [torch.tensor(item.prompt) for item in items]
+        steps = [F.log_softmax(each, dim=-1) for each in self._runtime.forced_logits(prompts, tokens)]
+        stats = self._runtime.last_run
+        return [
+            (torch.stack([step[row] for step in steps[:length]]), Cost.of(stats, length, timed=False))
+            for row, length in enumerate(len(item.tokens) for item in items)
+        ]
+
+    def _alone(self, item: Item, policy: Policy) -> tuple[Tensor, Cost]:
         self._session.policy = policy
         forced = Forced(item.tokens)
         reply = self._session.send(
@@ -86,23 +104,20 @@ class Teacher:
         return torch.stack(forced.logs), Cost.of(reply.stats, len(item.tokens), timed=False)
 
     def compare(
-        self, item: Item, arms: Mapping[str, Policy], missing: Iterable[str]
-    ) -> Iterable[tuple[str, Result]]:
-        """(arm, result) for each of the missing arms: nll of the tokens, and agree and kl(full depth || arm), by
+        self, items: Sequence[Item], arms: Mapping[str, Policy], missing: Iterable[str]
+    ) -> Iterable[tuple[str, Item, Result]]:
+        """(arm, item, result) for each of the missing arms: nll of the tokens, and agree and kl(full depth || arm), by
         position; cost."""
-        chosen = torch.tensor(item.tokens)[:, None]
-        full, _ = self.logs(item, FullDepth())
+        full = [logs for logs, _ in self.logs(items, FullDepth())]
         for arm in missing:
-            logs, cost = self.logs(item, arms[arm])
-            yield (
-                arm,
-                {
-                    "nll": (-logs.gather(1, chosen)[:, 0]).tolist(),
-                    "agree": (logs.argmax(-1) == full.argmax(-1)).int().tolist(),
-                    "kl": (full.exp() * (full - logs)).sum(-1, dtype=torch.float64).tolist(),
+            for item, truth, (logs, cost) in zip(items, full, self.logs(items, arms[arm]), strict=True):
+                result = {
+                    "nll": (-logs.gather(1, torch.tensor(item.tokens)[:, None])[:, 0]).tolist(),
+                    "agree": (logs.argmax(-1) == truth.argmax(-1)).int().tolist(),
+                    "kl": (truth.exp() * (truth - logs)).sum(-1, dtype=torch.float64).tolist(),
                     "cost": asdict(cost),
-                },
-            )
+                }
+                yield arm, item, result
 
 
 def compare_all(
@@ -120,15 +135,26 @@ def compare_all(
     known = {"arms": list(arms), "items": {task: [asdict(each) for each in of] for task, of in items.items()}}
     with Journal(journal, {**settings, **known}) as kept, Bar("", sum(map(len, items.values()))) as bar:
         for task, of in items.items():
-            for item in of:
+            for group in _groups(of, fast.batch_size):
                 bar.say(task)
-                missing = [arm for arm in arms if (task, item.name, arm) not in kept.results]
-                if missing:
-                    for arm, result in teacher.compare(item, arms, missing):
+                missing = [
+                    arm for arm in arms if any((task, item.name, arm) not in kept.results for item in group)
+                ]
+                for arm, item, result in teacher.compare(group, arms, missing) if missing else ():
+                    if (task, item.name, arm) not in kept.results:
                         extra = more(teacher, task, item, arms[arm]) if more else {}
                         kept.add(task, item.name, arm, result | extra)
-                bar.advance()
+                for _ in group:
+                    bar.advance()
         return dict(kept.results)
+
+
+def _groups(items: Sequence[Item], rows: int) -> list[list[Item]]:
+    """Items that run side by side: a batch reads each weight once for all of its rows, but its prompts once for every
+    policy, so those with long prompts run alone."""
+    short = [item for item in items if len(item.prompt) <= SHORT_PROMPT]
+    groups = [short[at : at + rows] for at in range(0, len(short), rows)]
+    return groups + [[item] for item in items if len(item.prompt) > SHORT_PROMPT]
 
 
 def figure(results: Sequence[Result], full: Sequence[Result], metric: str) -> dict[str, float]:

@@ -53,11 +53,17 @@ def test_the_lm_head_of_llama_2_in_layers():
 def test_forced_tokens_give_what_the_runtime_would_choose_from(fast):
     item = forcing.Item("0", tuple(range(40, 60)), tuple(range(70, 90)))
     policy = D3(0.9, 0.4)
-    logs, cost = forcing.Teacher(fast).logs(item, policy)
+    other = forcing.Item("1", tuple(range(30, 42)), tuple(range(90, 97)))
+    ((logs, cost),) = forcing.Teacher(fast).logs([item], policy)
     fast.policy = policy
     steps = list(fast.forced_logits([torch.tensor(item.prompt)], torch.tensor([item.tokens])))
     assert (logs - torch.cat(steps).log_softmax(-1)).abs().max() < 1e-4
     assert cost.depth == sum(policy.schedule(6, 20).depths)
+    (beside, its_cost), (short, short_cost) = forcing.Teacher(fast).logs([item, other], policy)
+    assert (beside - logs).abs().max() < 1e-4 and its_cost.weight_bytes == cost.weight_bytes
+    assert len(short) == 7 and short_cost.depth == sum(policy.schedule(6, 7).depths)
+    ((alone, _),) = forcing.Teacher(fast).logs([other], policy)
+    assert (short - alone).abs().max() < 1e-4
 
 
 def test_a_prompt_is_read_once_however_many_policies_go_on_from_it(fast, monkeypatch):
@@ -68,7 +74,7 @@ def test_a_prompt_is_read_once_however_many_policies_go_on_from_it(fast, monkeyp
     )
     item = forcing.Item("0", tuple(range(40, 60)), (1, 2, 3))
     arms = {"full": FullDepth(), "some": D3(0.9, 0.4), "few": StaticLayers((0, 1, 5))}
-    results = dict(forcing.Teacher(fast).compare(item, arms, arms))
+    results = {arm: result for arm, _, result in forcing.Teacher(fast).compare([item], arms, arms)}
     assert [starts[0] for starts in read] == [0, 19, 19, 19]
     assert max(map(abs, results["full"]["kl"])) < 1e-6 and results["full"]["agree"] == [1, 1, 1]
     assert results["few"]["kl"][0] < 1e-6 < results["few"]["kl"][1], "the first token comes from the prompt"
@@ -154,9 +160,10 @@ def test_the_grid_goes_on_where_it_was_stopped(chatty, options, monkeypatch):
     (options.out / "grid.jsonl").write_text("\n".join(lines[:-7]) + "\n")
     forced = []
     logs = forcing.Teacher.logs
-    monkeypatch.setattr(forcing.Teacher, "logs", lambda *given: (forced.append(given[1:]), logs(*given))[1])
+    monkeypatch.setattr(forcing.Teacher, "logs", lambda *given: (forced.append(given[2]), logs(*given))[1])
     assert grid.measure(chatty, options) == found
-    assert len(forced) == 7 + 2, "what was lost, and full depth of the two items that it belongs to"
+    lost = [D3(0.9, 0.5), D3(0.999, 0.2), D3(0.999, 0.5)]  # of the last three texts, which run side by side
+    assert forced == [FullDepth(), *lost]
     assert "BBH, exact match" in grid.markdown(found)
     assert grid.draw(found, options.out / "x.png").stat().st_size > 5000
 
