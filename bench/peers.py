@@ -25,6 +25,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 WIDTHS = ("fp32", "16bit", "8bit", "4bit")
 MODELS = ("smollm2", "1b")
@@ -43,8 +44,6 @@ NEEDS = {
     "llama.cpp f16": "llama_cpp",
     "onnxruntime-genai": "onnxruntime_genai",
 }
-# llama.cpp's file types (llama.h: enum llama_ftype).
-GGUF_TYPES = {"F32": 0, "F16": 1, "Q4_0": 2, "Q8_0": 7, "BF16": 32}
 
 
 # -- the weights, once on disk in every engine's format --------------------------------------------------------------
@@ -82,61 +81,25 @@ def hugging_face_folder(model: str, work: Path) -> Path:
     return folder
 
 
+def llama_cpp_module() -> ModuleType:
+    """d3rt/bench/llama_cpp.py, by its path: the peers' environment need not have d3rt."""
+    path = Path(__file__).parents[1] / "d3rt" / "bench" / "llama_cpp.py"
+    spec = importlib.util.spec_from_file_location("d3rt_llama_cpp", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 def gguf_file(hf: Path, kind: str) -> Path:
-    """The same weights as a GGUF file: float32 written here, anything else by llama.cpp's own quantiser."""
-    path = hf.parent / f"{kind}.gguf"
-    if path.is_file():
-        return path
-    if kind == "F32":
-        write_gguf(hf, path)
-        return path
-    import llama_cpp
-
-    options = llama_cpp.llama_model_quantize_default_params()
-    options.ftype = GGUF_TYPES[kind]
-    source = str(gguf_file(hf, "F32")).encode()
-    if llama_cpp.llama_model_quantize(source, str(path).encode(), options) != 0:
-        raise SystemExit(f"llama.cpp could not quantise {source.decode()} to {kind}")
-    return path
-
-
-def write_gguf(hf: Path, path: Path) -> None:
-    """A Llama folder as float32 GGUF, without a vocabulary: everyone is given token ids."""
-    import gguf
+    """The same weights as a GGUF file."""
     import torch
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(hf, dtype=torch.float32)
-    config = model.config
-    writer = gguf.GGUFWriter(path.with_suffix(".part"), "llama")
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_dimension_count(config.hidden_size // config.num_attention_heads)
-    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
-    writer.add_vocab_size(config.vocab_size)
-    writer.add_tokenizer_model("no_vocab")
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
-    for name, tensor in model.state_dict().items():
-        if name == "lm_head.weight" and config.tie_word_embeddings:
-            continue
-        for part, heads in (
-            (".q_proj.", config.num_attention_heads),
-            (".k_proj.", config.num_key_value_heads),
-        ):
-            if part in name:  # Hugging Face's two halves of a head to llama.cpp's neighbouring pairs
-                rows, cols = tensor.shape
-                tensor = tensor.view(heads, 2, rows // heads // 2, cols).transpose(1, 2).reshape(rows, cols)
-        writer.add_tensor(names.get_name(name, (".weight",)), tensor.contiguous().numpy())
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    path.with_suffix(".part").rename(path)
+    if (path := hf.parent / f"{kind}.gguf").is_file():
+        return path
+    return llama_cpp_module().gguf_file(
+        AutoModelForCausalLM.from_pretrained(hf, dtype=torch.float32), hf.parent, kind
+    )
 
 
 def onnx_folder(hf: Path, kind: str) -> Path:
@@ -229,44 +192,12 @@ def load_transformers(hf: Path, kind: str, threads: int, context: int) -> tuple[
 
 
 def load_llama_cpp(hf: Path, kind: str, threads: int, context: int) -> tuple[Run, dict]:
-    import ctypes
-
     import llama_cpp
-    import numpy as np
 
-    quiet = llama_cpp.llama_log_callback(lambda level, text, data: None)
-    llama_cpp.llama_log_set(quiet, ctypes.c_void_p())
-    options = llama_cpp.llama_model_default_params()
-    model = llama_cpp.llama_model_load_from_file(str(gguf_file(hf, kind)).encode(), options)
-    options = llama_cpp.llama_context_default_params()
-    options.n_ctx = context
-    options.n_batch = options.n_ubatch = 512
-    options.n_threads = options.n_threads_batch = threads
-    made = llama_cpp.llama_init_from_model(model, options)
     vocab_size = json.loads((hf / "config.json").read_text())["vocab_size"]
-
-    def step(tokens: list[int]) -> int:
-        held = (llama_cpp.llama_token * len(tokens))(*tokens)  # the batch only points there
-        if llama_cpp.llama_decode(made, llama_cpp.llama_batch_get_one(held, len(tokens))) != 0:
-            raise RuntimeError("llama_decode failed")
-        # its samplers ask the vocabulary, which the file has not; numpy's argmax takes some 10 us
-        logits = llama_cpp.llama_get_logits_ith(made, -1)
-        return int(np.ctypeslib.as_array(logits, shape=(vocab_size,)).argmax())
-
-    def run(prompt: list[int], new_tokens: int) -> tuple[float, float]:
-        llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(made), True)
-        begin = time.perf_counter()
-        token = step(prompt)
-        prefilled = time.perf_counter()
-        for _ in range(new_tokens - 1):
-            token = step([token])
-        return prefilled - begin, time.perf_counter() - prefilled
-
-    run.keeps = quiet  # the callback must outlive the calls
-    return run, {
-        "version": llama_cpp.__version__,
-        "runs": llama_cpp.llama_print_system_info().decode(),
-    }
+    timed = llama_cpp_module().LlamaCppRun(gguf_file(hf, kind), vocab_size, [], 0, threads, context)
+    system = llama_cpp.llama_print_system_info().decode()
+    return timed.run, {"version": timed.version, "runs": system}
 
 
 def load_onnx(hf: Path, kind: str, threads: int, context: int) -> tuple[Run, dict]:
