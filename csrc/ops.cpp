@@ -183,14 +183,13 @@ constexpr bool kWarms<cpu::NormLogitsArgs> = true;
 template <class Args>
 Node node(const char* op, int phases, int64_t scratch_floats, cpu::Kernel<Args> kernel, const Args& args,
           std::function<void()> guard = {}) {
-  return {op,
-          phases,
-          kWarms<Args>,
-          scratch_floats,
-          [kernel, args](float* scratch, int phase, int thread, int num_threads) {
-            kernel(args, scratch, phase, thread, num_threads);
-          },
-          std::move(guard)};
+  return {
+      op,
+      phases,
+      kWarms<Args>,
+      scratch_floats,
+      [kernel, args](float* scratch, int phase, const cpu::Worker& me) { kernel(args, scratch, phase, me); },
+      std::move(guard)};
 }
 
 }  // namespace
@@ -331,8 +330,8 @@ Node bind(const KvFill& op, const Arena& arena, const cpu::Kernels& kernels, int
                      kernels.kv_fill, args,
                      guard_places("kv_fill", args.rope.pos, std::min(S, op.cos.size(0)),
                                   layers->front().cache.lines, first.size(0), B));
-  filled.run = [layers, run = std::move(filled.run)](float* scratch, int phase, int thread, int num_threads) {
-    run(scratch, phase, thread, num_threads);  // `layers` lives as long as the node
+  filled.run = [layers, run = std::move(filled.run)](float* scratch, int phase, const cpu::Worker& me) {
+    run(scratch, phase, me);  // `layers` lives as long as the node
   };
   return filled;
 }

@@ -172,7 +172,7 @@ struct Node {
   int phases = 1;
   bool warms = false;  // knows the phase cpu::kWarm
   int64_t scratch_floats = 0;
-  std::function<void(float* scratch, int phase, int thread, int num_threads)> run;
+  std::function<void(float* scratch, int phase, const cpu::Worker& me)> run;
   std::function<void()> guard;  // checks token or pos before a replay; throws InvalidArgument
 };
 

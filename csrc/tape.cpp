@@ -5,7 +5,10 @@
 namespace d3rt {
 
 Tape::Tape(std::shared_ptr<ThreadPool> pool, std::shared_ptr<Arena> arena, const cpu::Kernels& kernels)
-    : pool_(std::move(pool)), arena_(std::move(arena)), kernels_(kernels) {}
+    : pool_(std::move(pool)),
+      arena_(std::move(arena)),
+      kernels_(kernels),
+      left_(new cpu::Left[static_cast<size_t>(pool_->size())]) {}
 
 void Tape::append(Node node) {
   arena_->reserve_scratch(node.scratch_floats);
@@ -19,15 +22,15 @@ void Tape::replay() {
       [](void* context, int thread, int num_threads) {
         Tape& tape = *static_cast<Tape*>(context);
         float* scratch = tape.arena_->scratch();
+        const cpu::Worker me = {thread, num_threads, num_threads > 1 ? tape.left_.get() : nullptr};
         const size_t count = tape.nodes_.size();
         for (size_t i = 0; i < count; ++i) {
           const Node& node = tape.nodes_[i];
           for (int phase = 0; phase < node.phases; ++phase) {
             if (i > 0 || phase > 0) tape.pool_->barrier(thread);
-            node.run(scratch, phase, thread, num_threads);
+            node.run(scratch, phase, me);
           }
-          if (i + 1 < count && tape.nodes_[i + 1].warms)
-            tape.nodes_[i + 1].run(scratch, cpu::kWarm, thread, num_threads);
+          if (i + 1 < count && tape.nodes_[i + 1].warms) tape.nodes_[i + 1].run(scratch, cpu::kWarm, me);
         }
       },
       this);
@@ -47,7 +50,7 @@ void Tape::replay_beside_torch() {
       const bool done = run_on_openmp(
           [](void* context, int thread, int num_threads) {
             const Part& part = *static_cast<const Part*>(context);
-            part.node.run(part.scratch, part.phase, thread, num_threads);
+            part.node.run(part.scratch, part.phase, {thread, num_threads, nullptr});
           },
           &part, pool_->size());
       if (!done) return replay();  // which none of it has been yet: the first attempt already says no

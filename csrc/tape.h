@@ -34,6 +34,7 @@ class Tape {
   std::shared_ptr<Arena> arena_;
   const cpu::Kernels& kernels_;
   std::vector<Node> nodes_;
+  std::unique_ptr<cpu::Left[]> left_;  // one for each thread
 };
 
 }  // namespace d3rt

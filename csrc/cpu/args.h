@@ -198,8 +198,22 @@ constexpr int kAttentionChunk = 64;
 // only prefetches where this thread will start, so that memory's latency passes while the threads wait for
 // each other.
 constexpr int kWarm = -1;
+
+// What is left of one thread's share of a phase: blocks of work next .. end - 1, `next` in the upper half.
+// The thread itself takes them from the front; who has nothing left takes others' from the back. Between
+// phases all are empty, so nothing need be reset. On a line of its own.
+struct alignas(64) Left {
+  uint64_t blocks = 0;
+};
+
+// The thread that runs a kernel. left: [num_threads], or null where the shares are fixed.
+struct Worker {
+  int thread, num_threads;
+  Left* left;
+};
+
 template <class Args>
-using Kernel = void (*)(const Args& args, float* scratch, int phase, int thread, int num_threads);
+using Kernel = void (*)(const Args& args, float* scratch, int phase, const Worker& me);
 
 // The kernels of one ISA.
 struct Kernels {

@@ -311,7 +311,7 @@ D3RT_INLINE void add_scaled(float* out, const float* values, float weight, int n
                   n - i);
 }
 
-static void attention(const AttentionArgs& a, float* scratch, int phase, int thread, int num_threads) {
+static void attention(const AttentionArgs& a, float* scratch, int phase, const Worker& me) {
   const int64_t chunks = (a.S + kAttentionChunk - 1) / kAttentionChunk, width = a.d + 2;
   const int group = a.H / a.G;
   // Chunks are counted over absolute positions; a window only moves the first one.
@@ -331,7 +331,7 @@ static void attention(const AttentionArgs& a, float* scratch, int phase, int thr
     };
     int64_t units = 0;
     for (int slot = 0; slot < a.B; ++slot) units += (last_chunk(slot) - first_chunk(slot) + 1) * a.G;
-    const Range mine = share(units, thread, num_threads);
+    const Range mine = share(units, me);
     int64_t unit = 0;
     alignas(64) float paired_q[kQueryGroup * kMostPaired];
     const float* in_paired_q = nullptr;  // whose pairs those are: chunk after chunk has the same queries
@@ -377,7 +377,7 @@ static void attention(const AttentionArgs& a, float* scratch, int phase, int thr
     }
     return;
   }
-  const Range mine = share(static_cast<int64_t>(a.B) * a.H, thread, num_threads);
+  const Range mine = share(static_cast<int64_t>(a.B) * a.H, me);
   for (int64_t query = mine.begin; query < mine.end; ++query) {
     const int slot = static_cast<int>(query / a.H);
     const int first = first_chunk(slot), last = last_chunk(slot);

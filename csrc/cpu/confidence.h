@@ -8,13 +8,13 @@
 
 namespace d3rt::cpu::D3RT_ISA {
 
-static void copy_hidden(const CopyHiddenArgs& a, float*, int, int thread, int num_threads) {
-  const Range mine = share(static_cast<int64_t>(a.B) * a.D, thread, num_threads);
+static void copy_hidden(const CopyHiddenArgs& a, float*, int, const Worker& me) {
+  const Range mine = share(static_cast<int64_t>(a.B) * a.D, me);
   for (int64_t i = mine.begin; i < mine.end; ++i) a.out[i] = a.x[i];
 }
 
-static void hidden_cosine(const HiddenCosineArgs& a, float*, int, int thread, int num_threads) {
-  const Range mine = share(a.B, thread, num_threads);
+static void hidden_cosine(const HiddenCosineArgs& a, float*, int, const Worker& me) {
+  const Range mine = share(a.B, me);
   for (int64_t b = mine.begin; b < mine.end; ++b) {
     const float *u = a.a + b * a.D, *v = a.b + b * a.D;
     const float norms = sqrtf(dot(u, u, a.D)) * sqrtf(dot(v, v, a.D));
@@ -71,10 +71,10 @@ D3RT_INLINE float sum_exp(const float* values, int64_t n, float largest) {
   return sum(total) + rest;
 }
 
-static void top2_margin(const Top2MarginArgs& a, float* scratch, int phase, int thread, int num_threads) {
+static void top2_margin(const Top2MarginArgs& a, float* scratch, int phase, const Worker& me) {
   const int64_t chunks = (a.V + kMarginChunk - 1) / kMarginChunk;
   if (phase == 0) {
-    const Range mine = share(a.B * chunks, thread, num_threads);
+    const Range mine = share(a.B * chunks, me);
     for (int64_t unit = mine.begin; unit < mine.end; ++unit) {
       const int64_t begin = unit % chunks * kMarginChunk, left = a.V - begin;
       const float* values = a.logits + unit / chunks * a.V + begin;
@@ -86,7 +86,7 @@ static void top2_margin(const Top2MarginArgs& a, float* scratch, int phase, int 
     }
     return;
   }
-  const Range mine = share(a.B, thread, num_threads);
+  const Range mine = share(a.B, me);
   for (int64_t b = mine.begin; b < mine.end; ++b) {
     const float* parts = scratch + 3 * b * chunks;
     Top2 top = {-__builtin_inff(), -__builtin_inff()};

@@ -14,8 +14,8 @@ D3RT_INLINE void embed_typed(const EmbedArgs& a, Range columns) {
   }
 }
 
-static void embed(const EmbedArgs& a, float*, int, int thread, int num_threads) {
-  const Range columns = share(a.D, thread, num_threads);
+static void embed(const EmbedArgs& a, float*, int, const Worker& me) {
+  const Range columns = share(a.D, me);
   switch (a.table.store) {
     case Store::f32:
       return embed_typed<float>(a, columns);

@@ -7,7 +7,7 @@ namespace d3rt::cpu {
 namespace {
 
 template <class Args>
-void nothing(const Args&, float*, int, int, int) {}
+void nothing(const Args&, float*, int, const Worker&) {}
 
 int64_t zero(const float*, int64_t) { return 0; }
 

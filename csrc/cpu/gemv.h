@@ -20,8 +20,47 @@ struct Range {
   int64_t begin, end;
 };
 // The share of `total` items that thread `thread` of `num_threads` takes: sizes differ by at most one.
-D3RT_INLINE Range share(int64_t total, int thread, int num_threads) {
-  return {total * thread / num_threads, total * (thread + 1) / num_threads};
+D3RT_INLINE Range share(int64_t total, const Worker& me) {
+  return {total * me.thread / me.num_threads, total * (me.thread + 1) / me.num_threads};
+}
+
+// The share of this thread to begin with, of `total` items that go in blocks of `block`; 0: all at once.
+D3RT_INLINE Range first_share(int64_t total, int64_t block, const Worker& me) {
+  if (!me.left || block == 0) return share(total, me);
+  const Range blocks = share((total + block - 1) / block, me);
+  return {blocks.begin * block, blocks.end * block < total ? blocks.end * block : total};
+}
+
+// The number of a block that was left, now taken, from the front or the back; -1 if there was none.
+template <bool kFront>
+D3RT_INLINE int64_t take(Left& left) {
+  uint64_t seen = __atomic_load_n(&left.blocks, __ATOMIC_RELAXED);
+  while (true) {
+    const uint64_t next = seen >> 32, end = seen & 0xFFFFFFFFu;
+    if (next >= end) return -1;
+    const uint64_t rest = kFront ? (next + 1) << 32 | end : next << 32 | (end - 1);
+    if (__atomic_compare_exchange_n(&left.blocks, &seen, rest, true, __ATOMIC_RELAXED, __ATOMIC_RELAXED))
+      return static_cast<int64_t>(kFront ? next : end - 1);
+  }
+}
+
+// Calls work(range) for ranges that together are this thread's share of `total` items; in blocks (not 0), it
+// goes on with those that others have not come to: a core that others use too, or that reads more slowly,
+// holds nobody up. A result does not depend on who made it. What becomes visible to whom is the barrier's
+// business: the order of these accesses does not matter.
+template <class Work>
+D3RT_INLINE void share_out(int64_t total, int64_t block, const Worker& me, const Work& work) {
+  if (!me.left || block == 0) return work(share(total, me));
+  const auto do_block = [&](int64_t at) {
+    work(Range{at * block, (at + 1) * block < total ? (at + 1) * block : total});
+  };
+  const Range mine = share((total + block - 1) / block, me);
+  Left& own = me.left[me.thread];
+  const uint64_t all = static_cast<uint64_t>(mine.begin) << 32 | static_cast<uint64_t>(mine.end);
+  __atomic_store_n(&own.blocks, all, __ATOMIC_RELAXED);
+  for (int64_t at; (at = take<true>(own)) >= 0;) do_block(at);
+  for (int i = 1; i < me.num_threads; ++i)
+    for (int64_t at; (at = take<false>(me.left[(me.thread + i) % me.num_threads])) >= 0;) do_block(at);
 }
 
 // One row, one slot: four accumulators hide the latency of fma. kAhead: bytes that are prefetched ahead of w.
@@ -180,6 +219,20 @@ D3RT_INLINE Input prepare(float* memory, const float* x, int B, int64_t cols, co
 // Work is shared out in granules: a row of a plain matrix, a tile of a packed one.
 D3RT_INLINE int64_t granules(const Matrix& m) {
   return is_packed(m) ? (m.rows + kTileRows - 1) / kTileRows : m.rows;
+}
+
+// Rows in a block that is taken at once of `total`, for share_out: small enough that the last one makes
+// nobody wait for long, large enough to be a stream; in whole tiles of rows. 0, fixed shares, for packed
+// matrices: their threads are bound by what they compute, and come to the end together (measured: 3 to 9%
+// more tokens/s at bfloat16, none at int8, 2% fewer at int4).
+D3RT_INLINE int64_t block_of(const Matrix& m, int64_t total, int num_threads) {
+  constexpr int64_t kEach = 16, kMostBytes = 64 * 1024;
+  if (is_packed(m)) return 0;
+  int64_t block = total / (num_threads * kEach);
+  const int64_t most = kMostBytes / (m.cols * (m.store == Store::f32 ? 4 : 2));
+  if (block > most) block = most;
+  block -= block % kRowTile;
+  return block < kRowTile ? kRowTile : block;
 }
 
 // Prefetches the start of these granules, as far as the kernels themselves look ahead.

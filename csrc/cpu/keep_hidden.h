@@ -15,8 +15,8 @@ D3RT_INLINE void keep_columns(const KeepHiddenArgs& a, Range columns) {
   }
 }
 
-static void keep_hidden(const KeepHiddenArgs& a, float*, int, int thread, int num_threads) {
-  const Range columns = share(a.D, thread, num_threads);
+static void keep_hidden(const KeepHiddenArgs& a, float*, int, const Worker& me) {
+  const Range columns = share(a.D, me);
   switch (a.store) {
     case Store::f32:
       return keep_columns<float>(a, columns);

@@ -6,13 +6,13 @@
 
 namespace d3rt::cpu::D3RT_ISA {
 
-static void kv_fill(const KvFillArgs& a, float* scratch, int phase, int thread, int num_threads) {
+static void kv_fill(const KvFillArgs& a, float* scratch, int phase, const Worker& me) {
   const int64_t half = static_cast<int64_t>(a.G) * a.d, rows = 2 * half;
   if (phase == kWarm) {
     int64_t total = 0, offset = 0;
     for (int layer = 0; layer < a.num_layers; ++layer)
       total += granules(a.layers[layer].w[0]) + granules(a.layers[layer].w[1]);
-    const Range streamed = share(total, thread, num_threads);
+    const Range streamed = share(total, me);
     for (int layer = 0; layer < a.num_layers; ++layer) {
       const FillLayer& fill = a.layers[layer];
       warm(fill.w, 2, {streamed.begin - offset, streamed.end - offset});
@@ -21,11 +21,11 @@ static void kv_fill(const KvFillArgs& a, float* scratch, int phase, int thread, 
     return;
   }
   if (phase == 0) {
-    float* own = scratch + a.num_layers * a.B * rows + thread * norm_scratch(a.B, a.D);
+    float* own = scratch + a.num_layers * a.B * rows + me.thread * norm_scratch(a.B, a.D);
     int64_t total = 0;
     for (int layer = 0; layer < a.num_layers; ++layer)
       total += granules(a.layers[layer].w[0]) + granules(a.layers[layer].w[1]);
-    const Range mine = share(total, thread, num_threads);
+    const Range mine = share(total, me);
     int64_t offset = 0;
     for (int layer = 0; layer < a.num_layers; ++layer) {
       const FillLayer& fill = a.layers[layer];
@@ -47,7 +47,7 @@ static void kv_fill(const KvFillArgs& a, float* scratch, int phase, int thread, 
     return;
   }
   const int heads = 2 * a.G;
-  const Range mine = share(static_cast<int64_t>(a.num_layers) * a.B * heads, thread, num_threads);
+  const Range mine = share(static_cast<int64_t>(a.num_layers) * a.B * heads, me);
   for (int64_t unit = mine.begin; unit < mine.end; ++unit) {
     const int head = static_cast<int>(unit % heads), slot = static_cast<int>(unit / heads % a.B);
     const int64_t layer = unit / heads / a.B;

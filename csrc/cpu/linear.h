@@ -7,14 +7,14 @@
 
 namespace d3rt::cpu::D3RT_ISA {
 
-static void linear(const LinearArgs& a, float* scratch, int phase, int thread, int num_threads) {
+static void linear(const LinearArgs& a, float* scratch, int phase, const Worker& me) {
   if (phase == 0) {
-    const Range mine = share(a.T, thread, num_threads);
+    const Range mine = share(a.T, me);
     quantise_rows(quantised_at(scratch, a.T, a.w.cols), a.a, a.w.cols, mine.begin, mine.end);
     return;
   }
   Input in = {a.a, a.w.cols, quantised_at(scratch, a.T, a.w.cols), nullptr};
-  rows_dot(a.w, in, a.T, share(granules(a.w), thread, num_threads),
+  rows_dot(a.w, in, a.T, share(granules(a.w), me),
            [&](int token, int64_t row, float value) { a.out[token * a.w.rows + row] = value; });
 }
 

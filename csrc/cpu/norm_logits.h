@@ -6,13 +6,15 @@
 
 namespace d3rt::cpu::D3RT_ISA {
 
-static void norm_logits(const NormLogitsArgs& a, float* scratch, int phase, int thread, int num_threads) {
-  const Range mine = share(granules(a.w), thread, num_threads);
-  if (phase == kWarm) return warm(a.w, mine);
-  float* own = scratch + thread * norm_scratch(a.B, a.D);
+static void norm_logits(const NormLogitsArgs& a, float* scratch, int phase, const Worker& me) {
+  const int64_t total = granules(a.w), block = block_of(a.w, total, me.num_threads);
+  if (phase == kWarm) return warm(a.w, first_share(total, block, me));
+  float* own = scratch + me.thread * norm_scratch(a.B, a.D);
   const Input in = norm_input(own, a.x, a.norm, a.eps, a.B, a.D, &a.w, 1);
-  rows_dot(a.w, in, a.B, mine, [&](int slot, int64_t row, float value) {
-    a.logits[slot * a.w.rows + row] = a.w.bias ? value + a.w.bias[row] : value;
+  share_out(total, block, me, [&](Range part) {
+    rows_dot(a.w, in, a.B, part, [&](int slot, int64_t row, float value) {
+      a.logits[slot * a.w.rows + row] = a.w.bias ? value + a.w.bias[row] : value;
+    });
   });
 }
 

@@ -8,27 +8,30 @@
 
 namespace d3rt::cpu::D3RT_ISA {
 
-static void norm_qkv_rope(const NormQkvRopeArgs& a, float* scratch, int phase, int thread, int num_threads) {
+static void norm_qkv_rope(const NormQkvRopeArgs& a, float* scratch, int phase, const Worker& me) {
   const int64_t rows = static_cast<int64_t>(a.H + 2 * a.G) * a.d;
   float* projected = scratch;
-  const Range streamed = share(granules(a.w[0]) + granules(a.w[1]) + granules(a.w[2]), thread, num_threads);
-  if (phase == kWarm) return warm(a.w, 3, streamed);
+  const int64_t total = granules(a.w[0]) + granules(a.w[1]) + granules(a.w[2]);
+  const int64_t block = block_of(a.w[0], total, me.num_threads);
+  if (phase == kWarm) return warm(a.w, 3, first_share(total, block, me));
   if (phase == 0) {
-    float* own = scratch + a.B * rows + thread * norm_scratch(a.B, a.D);
+    float* own = scratch + a.B * rows + me.thread * norm_scratch(a.B, a.D);
     const Input in = norm_input(own, a.x, a.norm, a.eps, a.B, a.D, a.w, 3);
-    int64_t offset = 0;
-    float* out = projected;
-    for (const Matrix& w : a.w) {
-      rows_dot(w, in, a.B, clip(streamed, offset, granules(w)), [&](int slot, int64_t row, float value) {
-        out[slot * rows + row] = w.bias ? value + w.bias[row] : value;
-      });
-      offset += granules(w);
-      out += w.rows;
-    }
+    share_out(total, block, me, [&](Range streamed) {
+      int64_t offset = 0;
+      float* out = projected;
+      for (const Matrix& w : a.w) {
+        rows_dot(w, in, a.B, clip(streamed, offset, granules(w)), [&](int slot, int64_t row, float value) {
+          out[slot * rows + row] = w.bias ? value + w.bias[row] : value;
+        });
+        offset += granules(w);
+        out += w.rows;
+      }
+    });
     return;
   }
   const int heads = a.H + 2 * a.G;
-  const Range mine = share(static_cast<int64_t>(a.B) * heads, thread, num_threads);
+  const Range mine = share(static_cast<int64_t>(a.B) * heads, me);
   for (int64_t unit = mine.begin; unit < mine.end; ++unit) {
     const int slot = static_cast<int>(unit / heads), head = static_cast<int>(unit % heads);
     float* values = projected + slot * rows + static_cast<int64_t>(head) * a.d;

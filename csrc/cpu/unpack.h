@@ -43,8 +43,8 @@ D3RT_INLINE void unpack_tiles(const UnpackArgs& a, Range tiles) {
   }
 }
 
-static void unpack(const UnpackArgs& a, float*, int, int thread, int num_threads) {
-  const Range mine = share(granules(a.w), thread, num_threads);
+static void unpack(const UnpackArgs& a, float*, int, const Worker& me) {
+  const Range mine = share(granules(a.w), me);
   if (a.as == Store::bf16)
     unpack_tiles<bf16>(a, mine);
   else
