@@ -66,16 +66,16 @@ def about(found: Figures) -> list[str]:
     of = found["settings"]
     there = of["machine"]
     lines = [
-        f"{of['model']}, {of['num_layers']} layers; greedy, one sequence; {of['runs']}, {of['threads']} threads; median "
-        f"(lowest-highest) of {of['rounds']} interleaved rounds.",
+        f"{of['model']}, {of['num_layers']} layers; greedy, one sequence; {of['runs']}, {of['threads']} threads; "
+        f"median (lowest-highest) of {of['rounds']} interleaved rounds.",
         f"{there['cpu']}, {there['cores']} cores, {there['system']}; "
         + ", ".join(f"{name} {version}" for name, version in of["versions"].items())
         + ".",
     ]
     if found["bandwidth"]:
         lines.append(
-            f"Bandwidth in the same rounds ({of['bandwidth_probe']}): {_spread(found['bandwidth'], 0)} GB/s. Expected is "
-            "by bytes read, measured within each round, both over full depth of the same weights."
+            f"Bandwidth in the same rounds ({of['bandwidth_probe']}): {_spread(found['bandwidth'], 0)} GB/s. "
+            "Expected is by bytes read, measured within each round, both over full depth of the same weights."
         )
     lines.append(
         f"Memory is what a runtime holds at most, its K,V cache and prefill included; the process held "
@@ -101,6 +101,7 @@ def plot(found: Figures, path: Any) -> Any:
     """Decode speed of every run, and the time of a step by depth beside what its bytes promise, into a PNG or SVG."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     from d3rt.evaluation.pictures import COLOURS, FULL_COLOUR, GRID
 
@@ -146,7 +147,9 @@ def plot(found: Figures, path: Any) -> Any:
         axes[1].set_xlabel("retained layers", size=9)
         axes[1].set_ylabel("ms a step", size=9)
         axes[1].set_ylim(bottom=0)
-        axes[1].legend(fontsize=8, frameon=False)
+        axes[1].set_ylim(top=1.25 * axes[1].get_ylim()[1])  # room for the legend
+        axes[1].xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes[1].legend(fontsize=8, frameon=False, loc="upper left", ncols=2)
     for axis in axes:
         axis.tick_params(labelsize=8)
         axis.spines[["top", "right"]].set_visible(False)
