@@ -43,6 +43,7 @@ FLOORS = {
         "d3rt.demo",
         "d3rt.bench",
         "d3rt.evaluation",
+        "d3rt.reporting",
         "d3rt.planning",
         "d3rt.plots",
         "d3rt.progress",

@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from d3rt.bench import llama_cpp
 from d3rt.bench.bandwidth import BANDWIDTH_PROBE, Bandwidth
 from d3rt.bench.machine import machine, versions
+from d3rt.bench.parts import op_kinds, part_replay
 from d3rt.bench.runs import D3rtRun, HuggingFaceRun, bytes_per_token
 from d3rt.bench.spread import Spread, interleave
 from d3rt.bench.steps import step_bytes, step_replay
@@ -32,7 +33,7 @@ FULL = "full"
 FLOATS = ("float32", "bfloat16", "float16")
 DEPTHS = 5  # depths of which the step is timed, at most
 STEP_SECONDS = 0.15  # of replays of one step in one round
-BANDWIDTH, STEP = "bandwidth", "step"
+BANDWIDTH, STEP, PART = "bandwidth", "step", "part"
 
 
 @dataclass(frozen=True)
@@ -171,6 +172,8 @@ def _timed(settings: Settings, arms: list[Arm], layers: int, notes: list[str]) -
     on_cpu = first.backend.device.type == "cpu"
     measures: dict[str, Callable[[], float]] = {}
     steps: dict[str, tuple[str, LayerSet, int]] = {}
+    sets: list[LayerSet] = []
+    at = settings.prompt + settings.new // 2  # where single steps stand
     if on_cpu:
         measures[BANDWIDTH] = Bandwidth()
     for arm in arms:
@@ -178,17 +181,29 @@ def _timed(settings: Settings, arms: list[Arm], layers: int, notes: list[str]) -
     if on_cpu:
         for runtime in {id(arm.runtime): arm.runtime for arm in arms if arm.runtime}.values():
             width = next(arm.weights for arm in arms if arm.runtime is runtime)
-            for layer_set in _depths(arms, runtime, layers, settings.new):
+            found_sets = _depths(arms, runtime, layers, settings.new)
+            sets = sets or found_sets
+            for layer_set in found_sets:
                 name = f"{STEP} {width} {layer_set.depth}"
-                at = settings.prompt + settings.new // 2
                 steps[name] = (width, layer_set, step_bytes(runtime, Plan.of(layer_set), at))
-                measures[name] = _replays(runtime, Plan.of(layer_set), at)
+                measures[name] = _replays(
+                    runtime, at, lambda r=runtime, s=layer_set: step_replay(r, Plan.of(s), at)
+                )
+    parts: dict[str, tuple[str, LayerSet, str]] = {}
+    if on_cpu:
+        for layer_set in {id(each): each for each in (sets[0], sets[-1])}.values():
+            for kind in op_kinds(first, Plan.of(layer_set)):
+                name = f"{PART} {layer_set.depth} {kind}"
+                parts[name] = (arms[0].weights, layer_set, kind)
+                measures[name] = _replays(
+                    first, at, lambda s=layer_set, k=kind: part_replay(first, Plan.of(s), k)
+                )
     rounds = 0
 
     def progress(name: str) -> None:
         nonlocal rounds
-        at, rounds = rounds // len(measures), rounds + 1
-        settings.progress(f"{f'round {at} of {settings.rounds}' if at else 'warming up'}: {name}")
+        number, rounds = rounds // len(measures), rounds + 1
+        settings.progress(f"{f'round {number} of {settings.rounds}' if number else 'warming up'}: {name}")
 
     found = interleave(measures, settings.rounds, progress=progress)
     bandwidth = found.get(BANDWIDTH)
@@ -220,6 +235,10 @@ def _timed(settings: Settings, arms: list[Arm], layers: int, notes: list[str]) -
             _step(width, layer_set, size, found[name], bandwidth)
             for name, (width, layer_set, size) in steps.items()
         ],
+        "parts": [
+            {"weights": width, "depth": of.depth, "op": kind, "milliseconds": found[name].as_dict()}
+            for name, (width, of, kind) in parts.items()
+        ],
         "process_peak_bytes": _peak(),
         "notes": notes,
     }
@@ -238,13 +257,15 @@ def _depths(arms: list[Arm], runtime: Runtime, layers: int, new: int) -> list[La
     return [by_depth[depths[at]] for at in sorted(chosen)]
 
 
-def _replays(runtime: Runtime, plan: Plan, position: int) -> Callable[[], float]:
-    """Milliseconds of one replay, on average over STEP_SECONDS of them."""
+def _replays(
+    runtime: Runtime, position: int, record: Callable[[], Callable[[], None]]
+) -> Callable[[], float]:
+    """Milliseconds of one replay of what is recorded at the first call, on average over STEP_SECONDS of them."""
     replay: list[Callable[[], None]] = []
 
     def run() -> float:
         if not replay:
-            replay.append(step_replay(runtime, plan, position))
+            replay.append(record())
         runtime.engine.for_rows(1).buffers.pos.fill_(position)
         count, begin = 0, time.perf_counter()
         while (spent := time.perf_counter() - begin) < STEP_SECONDS or count < 3:

@@ -61,6 +61,24 @@ def depth_table(found: Figures) -> tuple[list[str], list[list[str]]]:
     return ["weights", "depth", "ms a step", "MB", "of bandwidth", "expected", "measured"], rows
 
 
+def part_table(found: Figures) -> tuple[list[str], list[list[str]]]:
+    """Header and rows: where the time of a step goes, by depth."""
+    rows = []
+    for weights, depth in dict.fromkeys((part["weights"], part["depth"]) for part in found["parts"]):
+        of = [part for part in found["parts"] if (part["weights"], part["depth"]) == (weights, depth)]
+        whole = next(
+            step["milliseconds"]["median"]
+            for step in found["depths"]
+            if (step["weights"], step["depth"]) == (weights, depth)
+        )
+        for part in of:
+            ms = part["milliseconds"]
+            rows.append([weights, f"{depth:g}", part["op"], _spread(ms, 2), f"{ms['median'] / whole:.0%}"])
+        alone = sum(part["milliseconds"]["median"] for part in of)
+        rows.append([weights, f"{depth:g}", "all, each kind alone", f"{alone:.2f}", f"{alone / whole:.0%}"])
+    return ["weights", "depth", "ops of a step", "ms", "of the step"], rows
+
+
 def about(found: Figures) -> list[str]:
     """What the figures were taken on, and what is missing."""
     of = found["settings"]
@@ -89,6 +107,8 @@ def markdown(found: Figures) -> str:
     parts = ["\n".join(_lines(*run_table(found)))]
     if found["depths"]:
         parts.append("\n".join(_lines(*depth_table(found))))
+    if found["parts"]:
+        parts.append("\n".join(_lines(*part_table(found))))
     return "\n\n".join([*parts, *about(found)]) + "\n"
 
 

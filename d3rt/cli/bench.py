@@ -51,7 +51,7 @@ def bench(
             with open(path, "ab"):
                 pass
     from d3rt.bench.comparison import Settings, measure
-    from d3rt.bench.tables import about, depth_table, markdown, run_table
+    from d3rt.bench.tables import about, depth_table, markdown, part_table, run_table
     from d3rt.bench.tables import plot as draw
 
     sizes = {"prompt": prompt, "new": new, "rounds": rounds}
@@ -74,6 +74,7 @@ def bench(
         _show(run_table(found))
         if found["depths"]:
             _show(depth_table(found))
+            _show(part_table(found))
         for line in about(found):
             typer.echo(line)
     if plot is not None:

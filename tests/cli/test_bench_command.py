@@ -10,7 +10,7 @@ import torch
 from typer.testing import CliRunner
 
 import d3rt
-from d3rt.bench import comparison, llama_cpp, tables
+from d3rt.bench import comparison, llama_cpp, parts, tables
 from d3rt.bench.comparison import Settings, measure
 from d3rt.cli import app
 
@@ -49,7 +49,7 @@ def test_everyone_runs_in_every_round_in_turn(found):
     policies = ("full", POLICY, "static:layers=0-2+5")
     assert once[:4] == ["bandwidth", *(f"d3rt float32 {policy}" for policy in policies)]
     names = [run["name"] for run in found["runs"]]
-    assert names == [name for name in once if not name.startswith(("step", "bandwidth"))]
+    assert names == [name for name in once if not name.startswith(("step", "part", "bandwidth"))]
     assert [(run["engine"], run["weights"]) for run in found["runs"] if run["policy"] is None] == [
         ("transformers", "float32"),
         ("transformers", "bfloat16"),
@@ -86,9 +86,25 @@ def test_a_step_is_timed_at_some_depths_that_the_policies_run(found):
     depths = [step["depth"] for step in found["depths"] if step["weights"] == "int8"]
     assert depths[0] == 6 and depths == sorted(depths, reverse=True) and 2 <= len(depths) <= 5
     of = {step["depth"]: step for step in found["depths"] if step["weights"] == "float32"}
-    assert of[4]["bytes"] < of[6]["bytes"]
+    assert of[3]["bytes"] < of[6]["bytes"]
     reached = of[6]["bytes"] / of[6]["milliseconds"]["values"][0] / 1e6
     assert of[6]["bandwidth_share"]["values"][0] == pytest.approx(reached / found["bandwidth"]["values"][0])
+
+
+def test_a_step_is_taken_apart_into_all_of_its_ops(found, model):
+    of = {(part["depth"], part["op"]) for part in found["parts"]}
+    ops = ("embed", "norm_qkv_rope", "attention", "proj_add", "norm_gate_up", "norm_logits")
+    assert of == {(depth, op) for depth in (6, 3) for op in ops}
+    runtime = d3rt.compile(model, threads=1)
+    plan = runtime.policy.schedule(6, 2).plans()[1]
+    assert parts.op_kinds(runtime, plan) == dict(zip(ops, (1, 6, 6, 12, 6, 1), strict=True))
+    x = runtime.engine.for_rows(1).buffers.x
+    parts.part_replay(runtime, plan, "embed")()
+    embedded = x.clone()
+    assert torch.equal(embedded[0], model.get_input_embeddings().weight[0].detach()), "token 0"
+    parts.part_replay(runtime, plan, "norm_logits")()
+    assert torch.equal(x, embedded), "nothing else of the step ran"
+    assert "| all, each kind alone |" in tables.markdown(found)
 
 
 def test_the_tables_show_the_figures(found):
