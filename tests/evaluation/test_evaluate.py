@@ -189,7 +189,7 @@ def test_what_was_stopped_anywhere_continues_without_loss(fast, settings, monkey
 
 def test_a_finished_evaluation_runs_nothing_again(fast, settings, monkeypatch):
     first = evaluate(fast, settings)
-    monkeypatch.setattr(type(fast), "_prefill", lambda *_: pytest.fail("ran again"))
+    monkeypatch.setattr(type(fast.engine), "prefill", lambda *_: pytest.fail("ran again"))
     assert evaluate(fast, settings).figures == first.figures
     assert fast.policy == d3rt.FullDepth(), "the runtime has its own policy back"
 
