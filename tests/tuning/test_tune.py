@@ -6,6 +6,7 @@ import itertools
 import json
 import random
 
+import oracle
 import pytest
 import torch
 
@@ -91,7 +92,7 @@ def test_the_front_is_that_of_brute_force():
         assert set(front(points)) == set(range(12)) - beaten
 
 
-def test_the_file_is_what_generate_runs_and_the_figures_are_anothers(fast, model, settings):
+def test_the_file_is_what_generate_runs(fast, model, settings):
     figures = tune(fast, model, settings)
     policy = d3rt.parse(str(settings.out / "policy.json"), num_layers=6)
     assert str(policy) == figures["policy_text"] != "full"
@@ -99,6 +100,22 @@ def test_the_file_is_what_generate_runs_and_the_figures_are_anothers(fast, model
     fast.policy = policy
     fast.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=8, do_sample=False)
     assert fast.last_run.depths[1:] == policy.schedule(6, 8).depths[1:]
+
+
+def test_the_printed_drop_is_that_of_the_oracle_on_the_test_items(fast, model, settings, monkeypatch):
+    opened, open_ = [], Sealed.open
+    monkeypatch.setattr(Sealed, "open", lambda self: opened.append(open_(self)) or opened[-1])
+    figures = tune(fast, model, settings)
+    policy, different = d3rt.parse(figures["policy_text"]), 0
+    for item in opened[0]:
+        head = torch.tensor([item.head])
+        whole = model.generate(head, attention_mask=torch.ones_like(head), max_new_tokens=8, do_sample=False)
+        path = whole[0, head.shape[1] :].tolist()
+        plans = policy.schedule(6, len(path)).plans()
+        logits = oracle.generate(model, list(item.head), plans, forced=path).logits
+        different += sum(int(a) != b for a, b in zip(logits.argmax(-1), path, strict=True))
+    assert figures["test"]["drop"] == pytest.approx(different / (8 * len(opened[0])))
+    assert different > 0, "a policy that changes nothing would prove nothing"
 
 
 def test_tuning_twice_gives_the_same_figures(fast, model, settings):
