@@ -62,7 +62,7 @@ def tune(
 
     settings = Settings(task or QUICK_TEXT, budget, families, out, limit, prompt_tokens, new_tokens, seed)
     if quick:
-        settings = replace(settings, limit=min(limit, 32), prompt_tokens=32, new_tokens=32, finalists=1)
+        settings = replace(settings, limit=min(limit, 16), prompt_tokens=32, new_tokens=16, finalists=1)
     runtime = compiled(model, {"batch_size": ROWS, "threads": threads}, {"weights": weights})
     typer.echo(markdown(run(runtime, model, settings)))
     typer.echo(f"wrote {out / 'policy.json'}, tune.json, tune.md and front.png beside it", err=True)
