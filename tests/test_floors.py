@@ -48,6 +48,7 @@ FLOORS = {
         "d3rt.plots",
         "d3rt.progress",
         "d3rt.search",
+        "d3rt.tuning",
         "d3rt.lm_eval",
     ),
 }

@@ -1,4 +1,4 @@
-"""The command line: d3rt generate, eval, bench, report, policy, plan, info, demo; a command is one file here.
+"""The command line: d3rt generate, eval, tune, bench, report, policy, plan, info, demo; a command is one file here.
 
 What was asked for goes to stdout, everything about it (statistics, progress, errors) to stderr, so that the output
 can be piped on. An error on purpose is one line and exit code 2; Ctrl-C is 130, a reader that went away 141 and quiet,
@@ -6,10 +6,10 @@ as shells count signals. torch is loaded inside the commands that need it: `d3rt
 """
 
 # In the order in which `d3rt --help` lists them.
-from d3rt.cli import generate, eval, bench, report, policy, plan, info, demo  # isort: skip
+from d3rt.cli import generate, eval, tune, bench, report, policy, plan, info, demo  # isort: skip
 from d3rt.cli.app import app
 
-__all__ = ["app", "bench", "demo", "eval", "generate", "info", "main", "plan", "policy", "report"]
+__all__ = ["app", "bench", "demo", "eval", "generate", "info", "main", "plan", "policy", "report", "tune"]
 
 
 def main() -> None:

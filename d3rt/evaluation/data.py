@@ -37,7 +37,7 @@ def gsm8k(folder: Path | None, shots: int, limit: int | None) -> list[Question]:
     if folder is None:
         test, train = (_dataset("gsm8k", "openai/gsm8k", "main", split) for split in ("test", "train"))
     else:
-        test, train = (_lines(folder / f"{split}.jsonl", "--gsm8k") for split in ("test", "train"))
+        test, train = (json_lines(folder / f"{split}.jsonl", "--gsm8k") for split in ("test", "train"))
     if shots > len(train):
         raise ValueError(f"shots={shots}: there are {len(train)} worked examples.")
     draw = random.Random(GSM8K_SEED)
@@ -96,7 +96,7 @@ def text(path: Path | None) -> str:
 def prompts(path: Path) -> list[str]:
     """A prompt of each line: the first of PROMPT_FIELDS that it has; of a list, the first entry."""
     found = []
-    for at, line in enumerate(_lines(path, "--prompts"), 1):
+    for at, line in enumerate(json_lines(path, "--prompts"), 1):
         value = next((line[name] for name in PROMPT_FIELDS if name in line), None)
         value = value[0] if isinstance(value, list) and value else value
         if not isinstance(value, str) or not value:
@@ -107,7 +107,8 @@ def prompts(path: Path) -> list[str]:
     return found
 
 
-def _lines(path: Path, option: str) -> list[dict[str, Any]]:
+def json_lines(path: Path, option: str) -> list[dict[str, Any]]:
+    """The lines of a file of JSON lines; errors name `option`."""
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
         return [json.loads(line) for line in lines if line.strip()]

@@ -110,14 +110,14 @@ def _ppl(runtime: Runtime, arms: Mapping[str, Policy], settings: Settings) -> Ta
     def run_text(group: Sequence[int], arm: str) -> Iterator[tuple[str, str, Result]]:
         runtime.policy = arms[arm]
         rows = torch.stack([passages[at] for at in group])
-        yield from _named("text", group, arm, _losses(runtime, list(rows[:, :split]), rows[:, split:]))
+        yield from _named("text", group, arm, losses(runtime, list(rows[:, :split]), rows[:, split:]))
 
     def run_own(group: Sequence[int]) -> Iterator[tuple[str, str, Result]]:
         heads = [passages[at][:split] for at in group]
-        tokens, lengths, _ = _continue(runtime, heads, settings.continued_tokens, logits=False)
+        tokens, lengths, _ = continued(runtime, heads, settings.continued_tokens, logits=False)
         for arm, policy in arms.items():
             runtime.policy = policy
-            yield from _named("own", group, arm, _losses(runtime, heads, tokens, lengths))
+            yield from _named("own", group, arm, losses(runtime, heads, tokens, lengths))
 
     units = []
     for group in _groups(len(passages), runtime):
@@ -143,10 +143,10 @@ def _agreement(runtime: Runtime, arms: Mapping[str, Policy], settings: Settings)
 
     def run(group: Sequence[int]) -> Iterator[tuple[str, str, Result]]:
         prompts = [heads[at] for at in group]
-        tokens, lengths, truth = _continue(runtime, prompts, length, logits=True)
+        tokens, lengths, truth = continued(runtime, prompts, length, logits=True)
         for arm, policy in arms.items():
             runtime.policy = policy
-            yield from _named("", group, arm, _compared(runtime, prompts, tokens, lengths, truth))
+            yield from _named("", group, arm, compared(runtime, prompts, tokens, lengths, truth))
 
     units = [
         Unit(tuple((str(at), arm) for arm in arms for at in group), lambda group=group: run(group))
@@ -198,7 +198,7 @@ def _encode(runtime: Runtime, prompt: str, chat: bool) -> Tensor:
     )["input_ids"][0]
 
 
-def _continue(
+def continued(
     runtime: Runtime, prompts: Sequence[Tensor], length: int, logits: bool
 ) -> tuple[Tensor, list[int], list[Tensor]]:
     """Full depth's greedy tokens [B, length], how many of each row count (its end-of-sequence is the last), and each
@@ -233,20 +233,20 @@ def _ends(runtime: Runtime) -> set[int]:
     return set() if ends is None else {ends} if isinstance(ends, int) else set(ends)
 
 
-def _losses(
+def losses(
     runtime: Runtime, prompts: Sequence[Tensor], tokens: Tensor, lengths: Sequence[int] | None = None
 ) -> Iterator[Result]:
     """Each row's NLL by position, in nats, and cost."""
     steps = zip(runtime.forced_logits(prompts, tokens), tokens.T, strict=True)
-    losses = torch.stack([F.cross_entropy(logits, each, reduction="none") for logits, each in steps], dim=1)
+    found = torch.stack([F.cross_entropy(logits, each, reduction="none") for logits, each in steps], dim=1)
     for row, length in enumerate(lengths or [tokens.shape[1]] * len(tokens)):
         yield {
-            "nll": losses[row, :length].tolist(),
+            "nll": found[row, :length].tolist(),
             "cost": asdict(Cost.of(runtime.last_run, length, timed=False)),
         }
 
 
-def _compared(
+def compared(
     runtime: Runtime,
     prompts: Sequence[Tensor],
     tokens: Tensor,

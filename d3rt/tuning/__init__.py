@@ -1,0 +1,13 @@
+"""Which policy for your task: searched on one part of its items, chosen on another, told on a third.
+
+The parts are drawn once (split.py). Halving (halving.py) sees the first alone; the choice is made on the second; the
+third is opened once, after the choice, for one figure. What a drop is, and when it can be told, is in budget.py."""
+
+from __future__ import annotations
+
+from d3rt.tuning.budget import METRICS, Budget
+from d3rt.tuning.candidates import FAMILIES
+from d3rt.tuning.run import Settings, tune
+from d3rt.tuning.transfer import transferred
+
+__all__ = ["FAMILIES", "METRICS", "Budget", "Settings", "transferred", "tune"]

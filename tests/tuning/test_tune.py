@@ -1,0 +1,177 @@
+"""tune on a tiny model: what it reads, what it writes, and that its figures are another scorer's."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import random
+
+import oracle
+import pytest
+import torch
+
+import d3rt
+from d3rt.policies import D3, FullDepth, StaticLayers
+from d3rt.tuning import Budget, Settings, transferred, tune
+from d3rt.tuning.budget import Drop, Score
+from d3rt.tuning.halving import front, halve
+from d3rt.tuning.scorer import Scorer
+from d3rt.tuning.split import Sealed, Split
+
+
+@pytest.fixture
+def settings(tmp_path):
+    path = tmp_path / "task.jsonl"
+    lines = [json.dumps({"prompt": f"number {at} is a number"}) for at in range(20)]
+    path.write_text("\n".join(lines), encoding="utf-8")
+    return Settings(
+        path,
+        Budget("agreement", 0.5),
+        ("d3", "unified"),
+        tmp_path / "out",
+        new_tokens=8,
+        rounds=0,
+        progress=False,
+    )
+
+
+def test_test_items_are_scored_after_everything_else_and_with_two_arms_only(
+    fast, model, settings, monkeypatch
+):
+    calls, real = [], Scorer.score
+    monkeypatch.setattr(
+        Scorer,
+        "score",
+        lambda self, policy, items: calls.append((policy, items)) or real(self, policy, items),
+    )
+    opened, open_ = [], Sealed.open
+    monkeypatch.setattr(
+        Sealed, "open", lambda self: opened.append((len(calls), open_(self))) or opened[-1][1]
+    )
+    figures = tune(fast, model, settings)
+    ((before, test),) = opened
+    assert not {item for _, items in calls[:before] for item in items} & set(test)
+    assert [set(items) for _, items in calls[before:]] == [set(test)] * 2
+    assert {policy for policy, _ in calls[before:]} == {FullDepth(), d3rt.Policy.from_dict(figures["policy"])}
+
+
+def test_sealed_items_are_read_once():
+    sealed = Sealed([1, 2])
+    assert sealed.open() == (1, 2)
+    with pytest.raises(RuntimeError, match="read already"):
+        sealed.open()
+
+
+def test_a_split_is_the_seeds_and_no_item_is_in_two_parts():
+    items = [at % 40 for at in range(80)]
+    one, again, other = (Split.of(items, seed) for seed in (1, 1, 2))
+    assert (one.train, one.validation) == (again.train, again.validation) != (other.train, other.validation)
+    assert sorted((*one.train, *one.validation, *one.test.open())) == list(range(40))
+
+
+def test_halving_keeps_the_best_arm_where_few_items_do_not_mislead():
+    seen = []
+
+    def rank(arm, count):
+        seen.append((arm, count))
+        return abs(arm - 5)
+
+    assert halve(range(16), rank, items=32, keep=1) == [5]
+    assert sum(count == 32 for _, count in seen) <= 2 and sum(count == 4 for _, count in seen) == 16
+
+
+def test_the_front_is_that_of_brute_force():
+    draw = random.Random(0)
+    for _ in range(50):
+        points = [(draw.randrange(6), draw.randrange(6)) for _ in range(12)]
+        beaten = {
+            at
+            for (at, a), b in itertools.product(enumerate(points), points)
+            if b != a and b[0] <= a[0] and b[1] >= a[1]
+        }
+        assert set(front(points)) == set(range(12)) - beaten
+
+
+def test_the_file_is_what_generate_runs(fast, model, settings):
+    figures = tune(fast, model, settings)
+    policy = d3rt.parse(str(settings.out / "policy.json"), num_layers=6)
+    assert str(policy) == figures["policy_text"] != "full"
+    ids = torch.tensor([[5, 6, 7]])
+    fast.policy = policy
+    fast.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=8, do_sample=False)
+    assert fast.last_run.depths[1:] == policy.schedule(6, 8).depths[1:]
+
+
+def test_the_printed_drop_is_that_of_the_oracle_on_the_test_items(fast, model, settings, monkeypatch):
+    opened, open_ = [], Sealed.open
+    monkeypatch.setattr(Sealed, "open", lambda self: opened.append(open_(self)) or opened[-1])
+    figures = tune(fast, model, settings)
+    policy, different = d3rt.parse(figures["policy_text"]), 0
+    for item in opened[0]:
+        head = torch.tensor([item.head])
+        whole = model.generate(head, attention_mask=torch.ones_like(head), max_new_tokens=8, do_sample=False)
+        path = whole[0, head.shape[1] :].tolist()
+        plans = policy.schedule(6, len(path)).plans()
+        logits = oracle.generate(model, list(item.head), plans, forced=path).logits
+        different += sum(int(a) != b for a, b in zip(logits.argmax(-1), path, strict=True))
+    assert figures["test"]["drop"] == pytest.approx(different / (8 * len(opened[0])))
+    assert different > 0, "a policy that changes nothing would prove nothing"
+
+
+def test_tuning_twice_gives_the_same_figures(fast, model, settings):
+    assert tune(fast, model, settings) == tune(fast, model, settings)
+
+
+def test_no_drop_allowed_and_nothing_that_agrees_gives_full_depth(fast, model, settings):
+    from dataclasses import replace
+
+    figures = tune(fast, model, replace(settings, families=("unified",), budget=Budget("agreement", 0.0)))
+    if figures["policy_text"] == "full":
+        assert "No candidate is within" in (settings.out / "tune.md").read_text(encoding="utf-8")
+    else:
+        assert figures["validation"][figures["policy_text"]]["drop"] == 0
+
+
+def test_few_items_or_an_interval_around_the_budget_cannot_tell():
+    budget = Budget("agreement", 0.01)
+    assert budget.verdict(Drop(0, 0, 0, 0.1, 5, 4)).startswith("cannot tell")
+    assert budget.verdict(Drop(0.005, 0, 0.02, 0.1, 5, 40)).startswith("cannot tell")
+    assert budget.verdict(Drop(0.005, 0, 0.009, 0.1, 5, 40)) == "within the budget"
+    same = [Score(0, 1, 10, 6, 1)] * 40
+    assert (
+        Budget("exact_match", 0.01).verdict(Budget("exact_match", 0.01).drop(same, same)).startswith("cannot")
+    )
+
+
+def test_a_drop_of_nll_is_relative_and_one_of_agreement_a_share_of_tokens():
+    full, arm = [Score(2.0, 4, 100, 24, 4)] * 2, [Score(3.0, 4, 75, 20, 4)] * 2
+    assert Budget("nll", 0.1).drop(full, arm).drop == pytest.approx(0.5)
+    found = Budget("agreement", 0.1).drop(full, arm)
+    assert (found.drop, found.saved, found.mean_depth) == pytest.approx((0.25, 0.25, 5.0))
+
+
+@pytest.mark.parametrize("text", ["1", "x%", "-1%", "100%", "nan%"])
+def test_a_drop_that_is_no_percentage_is_refused(text):
+    with pytest.raises(ValueError, match="percentage"):
+        Budget.of("nll", text)
+
+
+def test_unknown_names_few_items_and_lacking_answers_are_refused(fast, model, settings):
+    from dataclasses import replace
+
+    with pytest.raises(ValueError, match="metric 'f1'"):
+        Budget("f1", 0.1)
+    with pytest.raises(ValueError, match="family 'magic'"):
+        replace(settings, families=("magic",))
+    with pytest.raises(ValueError, match="at least 16"):
+        tune(fast, model, replace(settings, limit=15))
+    with pytest.raises(ValueError, match="line 1: exact_match needs a right answer"):
+        tune(fast, model, replace(settings, budget=Budget("exact_match", 0.1)))
+    assert not settings.out.exists()
+
+
+def test_layer_sets_move_by_relative_depth():
+    assert transferred(StaticLayers.without([3], 6), 6, 12) == StaticLayers.without([6, 7], 12)
+    assert transferred(D3(alpha=0.99, start=0.5), 30, 80) == D3(alpha=0.99, start=0.5)
+    with pytest.raises(d3rt.errors.PolicyError, match="no form by relative depth"):
+        transferred(d3rt.parse("schedule:sets=0-5/0-4"), 6, 12)
