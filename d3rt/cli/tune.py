@@ -22,7 +22,7 @@ def tune(
         str, typer.Option(help="Of tokens (agreement), relative (nll), of answers (exact_match).")
     ] = "1%",
     policies: Annotated[
-        str, typer.Option(help="Families, by commas.")
+        str, typer.Option(help="Families, by commas: also greedy, which searches longer.")
     ] = "d3,skipdecode,unified,shortgpt,calm",
     quick: Annotated[
         bool, typer.Option("--quick", help="A few texts that come with d3rt: a try-out, no policy to use.")
@@ -36,16 +36,25 @@ def tune(
     seed: Annotated[int, typer.Option(help="Of the split.")] = 0,
     out: Annotated[Path, typer.Option(help="Where policy.json and the report go.")] = Path("out/tune"),
     transfer: Annotated[
-        Path | None, typer.Option(help="Instead of tuning: a policy file, for a model of another depth.")
+        Path | None,
+        typer.Option(
+            help="Instead of tuning: the --out of an earlier run, or a policy file, for another model."
+        ),
     ] = None,
-    layers: Annotated[int | None, typer.Option(help="With --transfer: layers of its own model.")] = None,
-    to_layers: Annotated[int | None, typer.Option(help="With --transfer: layers of the other model.")] = None,
+    to: Annotated[
+        str | None,
+        typer.Option(metavar="PATH|ID", help="With --transfer: that model; a config.json is enough."),
+    ] = None,
+    layers: Annotated[
+        int | None,
+        typer.Option(help="With --transfer of a policy file: layers of the model it was found on."),
+    ] = None,
 ) -> None:
     """Find the policy that saves the most bytes within a drop: searched, chosen and told on three parts of the items.
 
     Where none is within the drop, policy.json is full depth, and the exit code 0 all the same."""
     if transfer is not None:
-        _transfer(transfer, layers, to_layers, out)
+        _transfer(transfer, layers, to, out)
         return
     from d3rt.tuning.budget import Budget
     from d3rt.tuning.candidates import check_families
@@ -68,16 +77,25 @@ def tune(
     typer.echo(f"wrote {out / 'policy.json'}, tune.json, tune.md and front.png beside it", err=True)
 
 
-def _transfer(path: Path, layers: int | None, to_layers: int | None, out: Path) -> None:
+def _transfer(source: Path, layers: int | None, to: str | None, out: Path) -> None:
+    from d3rt.models.loading import load_config
     from d3rt.policies import Policy
-    from d3rt.tuning.transfer import transferred
+    from d3rt.tuning.transfer import transferred, tuned_layers
 
-    if layers is None or to_layers is None:
+    if to is None:
         raise ValueError(
-            "--transfer needs --layers, of the model it was tuned on, and --to-layers, of the other."
+            "--transfer needs --to, the other model: a folder, a config.json, a GGUF file or a hub id."
         )
-    moved = transferred(Policy.load(path), layers, to_layers)
+    if source.is_dir():
+        layers, source = layers or tuned_layers(source), source / "policy.json"
+    if layers is None:
+        raise ValueError(
+            f"--transfer {str(source)!r}: a policy file does not say how many layers its model had; give --layers, or "
+            "the folder that d3rt tune wrote."
+        )
+    there = load_config(to).num_hidden_layers
+    moved = transferred(Policy.load(source), layers, there)
     out.mkdir(parents=True, exist_ok=True)
     moved.save(out / "policy.json")
-    typer.echo(f"{moved}\nuntested on this model: nothing was measured on {to_layers} layers")
+    typer.echo(f"{moved}\nuntested on this model: nothing was measured on its {there} layers")
     typer.echo(f"wrote {out / 'policy.json'}", err=True)

@@ -7,7 +7,15 @@ from collections.abc import Callable, Iterator, Sequence
 from d3rt.errors import PolicyError
 from d3rt.policies import CALM, D3, Policy, SkipDecode, StaticLayers, UnifiedSkip
 
-FAMILIES = ("d3", "skipdecode", "unified", "shortgpt", "calm")
+FAMILIES = ("d3", "skipdecode", "unified", "shortgpt", "greedy", "calm")
+DEFAULT_FAMILIES = (
+    "d3",
+    "skipdecode",
+    "unified",
+    "shortgpt",
+    "calm",
+)  # greedy reads the train texts many times
+DROPPED = (1, 2, 3, 4, 6, 8)  # layers that a searched set leaves out
 _STARTS = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)  # arXiv 2503.08524, table 9
 _ALPHAS = (0.9, 0.98, 0.99, 0.995, 0.998, 0.999, 0.9999)
 
@@ -22,13 +30,18 @@ def check_families(families: Sequence[str]) -> None:
 
 
 def candidates(
-    family: str, num_layers: int, steps: int, influence: Callable[[], Sequence[float]]
+    family: str,
+    num_layers: int,
+    steps: int,
+    influence: Callable[[], Sequence[float]],
+    removed: Callable[[], Sequence[int]],
 ) -> list[Policy]:
     """The family's policies that fit the model. Of those with one and the same schedule over `steps`, the first.
 
-    influence: each layer's, asked for by shortgpt alone."""
+    influence: each layer's, asked for by shortgpt alone. removed: layers in the order in which a greedy search leaves
+    them out, asked for by greedy alone."""
     found: dict[object, Policy] = {}
-    for make in _grid(family, num_layers, steps, influence):
+    for make in _grid(family, num_layers, steps, influence, removed):
         try:
             policy = make()
             policy.validate(num_layers)
@@ -40,7 +53,11 @@ def candidates(
 
 
 def _grid(
-    family: str, layers: int, steps: int, influence: Callable[[], Sequence[float]]
+    family: str,
+    layers: int,
+    steps: int,
+    influence: Callable[[], Sequence[float]],
+    removed: Callable[[], Sequence[int]],
 ) -> Iterator[Callable[[], Policy]]:
     if family == "d3":
         yield from (lambda a=a, s=s: D3(alpha=a, start=s) for a in _ALPHAS for s in _STARTS)
@@ -54,10 +71,13 @@ def _grid(
                     )
     elif family == "unified":
         yield from (lambda r=r: UnifiedSkip(ratio=r) for r in (1.05, 1.1, 1.25, 1.5, 2.0))
-    elif family == "shortgpt":
-        order = sorted(range(layers), key=lambda layer: (influence()[layer], layer))
-        for dropped in (1, 2, 3, 4, 6, 8):
-            if dropped < layers:
+    elif family in ("shortgpt", "greedy"):
+        if family == "greedy":
+            order = list(removed())
+        else:
+            order = sorted(range(layers), key=lambda layer: (influence()[layer], layer))
+        for dropped in DROPPED:
+            if dropped < layers and dropped <= len(order):
                 yield lambda n=dropped: StaticLayers.without(order[:n], layers)
     else:
         for threshold in (0.9, 0.95, 0.98, 0.99, 0.995, 0.999):

@@ -13,9 +13,9 @@ from d3rt import bench, evaluation
 from d3rt.policies import Policy
 from d3rt.progress import Bar
 from d3rt.runtime import Runtime
-from d3rt.search import block_influence
+from d3rt.search import block_influence, greedy_path
 from d3rt.tuning.budget import Budget, Drop, Score
-from d3rt.tuning.candidates import FAMILIES, candidates, check_families
+from d3rt.tuning.candidates import DEFAULT_FAMILIES, DROPPED, candidates, check_families
 from d3rt.tuning.halving import front, halve
 from d3rt.tuning.items import Item, read_items
 from d3rt.tuning.report import draw, markdown
@@ -31,7 +31,7 @@ class Settings:
 
     task: Path
     budget: Budget
-    families: tuple[str, ...] = FAMILIES
+    families: tuple[str, ...] = DEFAULT_FAMILIES
     out: Path = Path("out/tune")
     limit: int = 160
     prompt_tokens: int = 64
@@ -89,6 +89,13 @@ def _tune(runtime: Runtime, model: Any, settings: Settings, split: Split[Item]) 
         texts = [item.text for item in split.train]
         return block_influence(model, texts, tokenizer=runtime.tokenizer, progress=settings.progress)
 
+    @cache
+    def removed() -> Sequence[int]:
+        texts = [item.text for item in split.train]
+        keep = max(1, layers - max(DROPPED))
+        path = greedy_path(model, texts, keep=keep, tokenizer=runtime.tokenizer, progress=settings.progress)
+        return path.removed
+
     def drop(policy: Policy, part: Sequence[Item]) -> Drop:
         full: list[Score] = scorer.score(FULL, part)
         return settings.budget.drop(full, scorer.score(policy, part))
@@ -98,7 +105,7 @@ def _tune(runtime: Runtime, model: Any, settings: Settings, split: Split[Item]) 
     with Bar("train", len(settings.families) + 1, settings.progress) as bar:
         for family in settings.families:
             bar.say(family)
-            arms = candidates(family, layers, settings.new_tokens, influence)
+            arms = candidates(family, layers, settings.new_tokens, influence, removed)
             tried[family] = len(arms)
 
             def rank(policy: Policy, count: int) -> tuple[float, float]:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict
 
 import torch
 from torch import Tensor
 
 from d3rt.evaluation.scoring import BBH_STOPS, GSM8K_STOPS, score_bbh, score_gsm8k
-from d3rt.evaluation.tasks import ROWS, compared, continued, losses
-from d3rt.evaluation.until import answer
+from d3rt.evaluation.tasks import ROWS, continued, losses
+from d3rt.evaluation.until import Cost, answer
 from d3rt.policies import FullDepth, Policy
 from d3rt.runtime import Runtime
 from d3rt.tuning.budget import Score
@@ -55,11 +56,13 @@ class Scorer:
         tokens = torch.cat([self._paths[item][0] for item in group])
         lengths = [self._paths[item][1] for item in group]
         self._runtime.policy = policy
-        truth = [torch.zeros(len(group), self._runtime.config.vocab_size)] * tokens.shape[
-            1
-        ]  # KL is not looked at
-        results = compared(self._runtime, heads, tokens, lengths, truth)
-        return [_score(len(each["agree"]) - sum(each["agree"]), each["cost"]) for each in results]
+        steps = zip(self._runtime.forced_logits(heads, tokens), tokens.T, strict=True)
+        other = torch.stack([logits.argmax(dim=-1) != chosen for logits, chosen in steps], dim=1)
+        stats = self._runtime.last_run
+        return [
+            _score(int(row[:length].sum()), asdict(Cost.of(stats, length, timed=False)))
+            for row, length in zip(other, lengths, strict=True)
+        ]
 
     def _answered(self, policy: Policy, item: Item) -> Score:
         """Numbers after "####" are compared as GSM8K's (flexible), other targets as BBH's."""
@@ -83,9 +86,14 @@ def seconds_per_token(runtime: Runtime, policy: Policy, item: Item, new_tokens: 
     runtime.policy = policy
     ids = torch.tensor([item.head])
     runtime.generate(
-        ids, attention_mask=torch.ones_like(ids), max_new_tokens=new_tokens, do_sample=False, eos_token_id=None,
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=new_tokens,
+        do_sample=False,
+        repetition_penalty=1.0,
+        eos_token_id=None,
         pad_token_id=0,
-    )  # fmt: skip
+    )
     times = runtime.last_run.step_seconds[1:]
     return sum(times) / len(times)
 

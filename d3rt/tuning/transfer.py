@@ -2,8 +2,21 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 from d3rt.errors import PolicyError
 from d3rt.policies import CALM, D3, FullDepth, Policy, SkipDecode, StaticLayers, UnifiedSkip
+
+
+def tuned_layers(folder: Path) -> int:
+    """Layers of the model that `d3rt tune` wrote this folder for. PolicyError where it holds no tune.json."""
+    try:
+        return int(json.loads((folder / "tune.json").read_text(encoding="utf-8"))["num_layers"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise PolicyError(
+            f"{str(folder)!r} is no folder that d3rt tune wrote ({error!r}); give a policy file and --layers."
+        ) from error
 
 
 def transferred(policy: Policy, num_layers: int, to: int) -> Policy:

@@ -6,6 +6,7 @@ import importlib.util
 import json
 
 import pytest
+from transformers import LlamaConfig
 from typer.testing import CliRunner
 
 import d3rt
@@ -31,11 +32,24 @@ def test_quick_on_the_embedded_model(tmp_path):
 
 
 def test_a_transfer_says_that_it_is_untested(tmp_path):
-    path = tmp_path / "found.json"
-    d3rt.StaticLayers.without([3], 6).save(path)
-    result = call("--transfer", path, "--layers", 6, "--to-layers", 12, "--out", tmp_path / "moved")
-    assert result.exit_code == 0 and "untested on this model" in result.output
-    assert d3rt.Policy.load(tmp_path / "moved" / "policy.json") == d3rt.StaticLayers.without([6, 7], 12)
+    config = tmp_path / "config.json"
+    LlamaConfig(num_hidden_layers=12).save_pretrained(tmp_path)
+    found = tmp_path / "tuned"
+    found.mkdir()
+    d3rt.StaticLayers.without([3], 6).save(found / "policy.json")
+    (found / "tune.json").write_text(json.dumps({"num_layers": 6}), encoding="utf-8")
+    for source, more in ((found, ()), (found / "policy.json", ("--layers", 6))):
+        result = call("--transfer", source, "--to", config, *more, "--out", tmp_path / "moved")
+        assert result.exit_code == 0 and "untested on this model" in result.output, result.output
+        assert d3rt.Policy.load(tmp_path / "moved" / "policy.json") == d3rt.StaticLayers.without([6, 7], 12)
+    for arguments, words in (
+        ((found,), "--transfer needs --to"),
+        ((found / "policy.json", "--to", config), "give --layers"),
+        ((tmp_path, "--to", config), "is no folder that d3rt tune wrote"),
+    ):
+        result = call("--transfer", *arguments, "--out", tmp_path / "none")
+        assert result.exit_code == 2 and words in result.output, result.output
+    assert not (tmp_path / "none").exists()
 
 
 @pytest.mark.parametrize(

@@ -5,12 +5,14 @@ from __future__ import annotations
 import itertools
 import json
 import random
+from dataclasses import replace
 
 import oracle
 import pytest
 import torch
 
 import d3rt
+from d3rt.evaluation.scoring import BBH_STOPS, cut
 from d3rt.policies import D3, FullDepth, StaticLayers
 from d3rt.tuning import Budget, Settings, transferred, tune
 from d3rt.tuning.budget import Drop, Score
@@ -118,13 +120,62 @@ def test_the_printed_drop_is_that_of_the_oracle_on_the_test_items(fast, model, s
     assert different > 0, "a policy that changes nothing would prove nothing"
 
 
+def test_a_drop_of_nll_is_that_of_the_oracle_on_the_answers(fast, model, settings, monkeypatch):
+    lines = [json.dumps({"question": f"number {at}?", "answer": f"it is {at * at}!"}) for at in range(20)]
+    settings.task.write_text("\n".join(lines), encoding="utf-8")
+    opened, open_ = [], Sealed.open
+    monkeypatch.setattr(Sealed, "open", lambda self: opened.append(open_(self)) or opened[-1])
+    figures = tune(fast, model, replace(settings, budget=Budget("nll", 0.5), families=("unified",)))
+    loss = {}
+    for policy in ("full", figures["policy_text"]):
+        loss[policy] = 0.0
+        for item in opened[0]:
+            tokens = list(item.forced)
+            assert (
+                fast.tokenizer.decode(tokens) == f" {json.loads(lines[int(item.text[7:-1])])['answer']}"[:8]
+            )
+            plans = d3rt.parse(policy, num_layers=6).schedule(6, len(tokens)).plans()
+            logs = (
+                oracle.generate(model, list(item.head), plans, forced=tokens).logits.double().log_softmax(-1)
+            )
+            loss[policy] -= float(logs.gather(1, torch.tensor(tokens)[:, None]).sum())
+    assert figures["policy_text"] != "full"
+    drop = loss[figures["policy_text"]] / loss["full"] - 1
+    assert figures["test"]["drop"] == pytest.approx(drop, rel=1e-3, abs=1e-5) and abs(drop) > 1e-4
+
+
+def test_exact_match_counts_the_answers_that_are_no_longer_right(fast, model, settings):
+    prompts = [f"number {at} is" for at in range(20)]
+    fast.policy = FullDepth()
+    lines = []
+    for at, prompt in enumerate(prompts):
+        ids = fast.tokenizer(prompt, return_tensors="pt").input_ids
+        out = fast.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=4, do_sample=False)
+        said = cut(fast.tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True), BBH_STOPS)
+        lines.append({"prompt": prompt, "answer": said.strip() or "-" if at % 4 else "never said"})
+    settings.task.write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
+    settings = replace(settings, budget=Budget("exact_match", 0.99), new_tokens=4, families=("unified",))
+    figures = tune(fast, model, settings)
+    assert figures["validation"]["full"]["drop"] == 0
+    worst = max(each["drop"] for each in figures["validation"].values())
+    assert 0 < worst <= 1 and abs(5 * worst - round(5 * worst)) < 1e-9, "whole answers of five"
+
+
+def test_a_greedy_search_leaves_out_what_search_greedy_does(fast, model, settings):
+    figures = tune(fast, model, replace(settings, families=("greedy",), limit=16))
+    assert figures["candidates"] == {"greedy": 4}, "1, 2, 3 and 4 of 6 layers: 8 there are not, 6 leaves none"
+    texts = [f"number {at} is a number" for at in range(16)]
+    split = Split.of(texts, settings.seed)
+    path = d3rt.search.greedy_path(model, list(split.train), keep=1, tokenizer=fast.tokenizer, progress=False)
+    known = {str(StaticLayers.without(path.removed[:n], 6)) for n in (1, 2, 3, 4)} | {"full"}
+    assert set(figures["validation"]) <= known
+
+
 def test_tuning_twice_gives_the_same_figures(fast, model, settings):
     assert tune(fast, model, settings) == tune(fast, model, settings)
 
 
 def test_no_drop_allowed_and_nothing_that_agrees_gives_full_depth(fast, model, settings):
-    from dataclasses import replace
-
     figures = tune(fast, model, replace(settings, families=("unified",), budget=Budget("agreement", 0.0)))
     if figures["policy_text"] == "full":
         assert "No candidate is within" in (settings.out / "tune.md").read_text(encoding="utf-8")
@@ -157,8 +208,6 @@ def test_a_drop_that_is_no_percentage_is_refused(text):
 
 
 def test_unknown_names_few_items_and_lacking_answers_are_refused(fast, model, settings):
-    from dataclasses import replace
-
     with pytest.raises(ValueError, match="metric 'f1'"):
         Budget("f1", 0.1)
     with pytest.raises(ValueError, match="family 'magic'"):
