@@ -29,12 +29,17 @@ from types import ModuleType
 
 WIDTHS = ("fp32", "16bit", "8bit", "4bit")
 MODELS = ("smollm2", "1b")
+OURS, SAME_FILE = "d3rt", "d3rt gguf"
 # engine -> width -> its own name for what it runs there
 ENGINES = {
     "d3rt": {"fp32": "float32", "16bit": "bfloat16", "8bit": "int8", "4bit": "int4"},
     "transformers": {"fp32": "float32", "16bit": "bfloat16"},
     "llama.cpp": {"fp32": "F32", "16bit": "BF16", "8bit": "Q8_0", "4bit": "Q4_0"},
     "llama.cpp f16": {"16bit": "F16"},
+    SAME_FILE: {
+        "8bit": "Q8_0",
+        "4bit": "Q4_0",
+    },  # d3rt on llama.cpp's file, whose blocks it takes as they are
     "onnxruntime-genai": {"fp32": "fp32", "4bit": "int4"},
 }
 NEEDS = {
@@ -42,6 +47,7 @@ NEEDS = {
     "transformers": "transformers",
     "llama.cpp": "llama_cpp",
     "llama.cpp f16": "llama_cpp",
+    SAME_FILE: "llama_cpp",  # which makes the file
     "onnxruntime-genai": "onnxruntime_genai",
 }
 
@@ -134,13 +140,22 @@ Run = Callable[[list[int], int], tuple[float, float]]
 
 
 def load_d3rt(hf: Path, kind: str, threads: int, context: int) -> tuple[Run, dict]:
+    return d3rt_run(hf, kind, threads, context)
+
+
+def load_same_file(hf: Path, kind: str, threads: int, context: int) -> tuple[Run, dict]:
+    width = {"Q8_0": "int8", "Q4_0": "int4"}[kind]
+    return d3rt_run(hf.parent / f"{kind}.gguf", width, threads, context)
+
+
+def d3rt_run(path: Path, width: str, threads: int, context: int) -> tuple[Run, dict]:
     import torch
 
     import d3rt
     from d3rt import bench
 
     torch.set_num_threads(threads)
-    runtime = d3rt.compile(hf, weights=kind, threads=threads, max_seq_len=context)
+    runtime = d3rt.compile(path, weights=width, threads=threads, max_seq_len=context)
     runtime.generation_config.eos_token_id = None
     runtime.generation_config.pad_token_id = 0
 
@@ -228,6 +243,7 @@ LOADERS = {
     "transformers": load_transformers,
     "llama.cpp": load_llama_cpp,
     "llama.cpp f16": load_llama_cpp,
+    SAME_FILE: load_same_file,
     "onnxruntime-genai": load_onnx,
 }
 
@@ -251,7 +267,8 @@ class Worker:
     """An engine's process, seen from outside."""
 
     def __init__(self, engine: str, width: str, hf: Path, arguments: argparse.Namespace):
-        python = arguments.peer_python if engine != "d3rt" and arguments.peer_python else sys.executable
+        theirs = arguments.peer_python if engine not in (OURS, SAME_FILE) else None
+        python = theirs or sys.executable
         self.engine = engine
         self._process = subprocess.Popen(
             [python, __file__, "--worker", engine, "--width", width, "--hf", str(hf)]
@@ -345,17 +362,21 @@ def compare(width: str, engines: list[str], hf: Path, arguments: argparse.Namesp
 
 def lines(result: dict) -> list[str]:
     """One width's part of the table, as Markdown."""
-    ours = result["engines"].get("d3rt")
+    ours, same_file = (result["engines"].get(name) for name in (OURS, SAME_FILE))
     rows = []
+
+    def ratio(mine: dict | None, of: dict, what: str) -> str:
+        if not mine or mine is of:
+            return "-"
+        ratios = [a / b for a, b in zip(mine[what], of[what], strict=True)]
+        return f"{statistics.median(ratios):.2f}x ({min(ratios):.2f}-{max(ratios):.2f})"
+
     for engine, of in result["engines"].items():
         row = [result["width"], engine, of["format"]]
         for what in ("decode", "prefill"):
             row.append(f"{statistics.median(of[what]):.1f} ({min(of[what]):.0f}-{max(of[what]):.0f})")
-            if ours and engine != "d3rt":
-                ratios = [a / b for a, b in zip(ours[what], of[what], strict=True)]
-                row.append(f"{statistics.median(ratios):.2f}x ({min(ratios):.2f}-{max(ratios):.2f})")
-            else:
-                row.append("-")
+            row.append(ratio(ours, of, what))
+            row.append(ratio(same_file, of, what) if engine == "llama.cpp" else "-")
         share = "-"
         if "bytes_per_token" in of:
             reached = [speed * of["bytes_per_token"] / 1e9 for speed in of["decode"]]
@@ -409,8 +430,10 @@ def main() -> None:
         "format",
         "decode tok/s",
         "d3rt is",
+        "on its file",
         "prefill tok/s",
         "d3rt is",
+        "on its file",
         "weights and K,V read",
     ]
     print(f"| {' | '.join(head)} |\n|{' --- |' * len(head)}")

@@ -335,7 +335,7 @@ def demo_model_path() -> Path:
     )
 
 
-def _open_gguf(path: Path, dtype: torch.dtype | str | None) -> tuple[Source, PreTrainedTokenizerBase]:
+def _open_gguf(path: Path, dtype: torch.dtype | str | None) -> tuple[Source, PreTrainedTokenizerBase | None]:
     dtype = torch.float32 if dtype is None else _floating_dtype(dtype)
     try:
         reader = gguf.GGUFReader(path)
@@ -352,10 +352,16 @@ def _open_gguf(path: Path, dtype: torch.dtype | str | None) -> tuple[Source, Pre
     else:
         source = OwnedModule(_gguf_by_transformers(path, str(architecture), dtype).eval())
     pre_tokenizer = _meta(meta, "tokenizer.ggml.pre")
+    kind = _meta(meta, "tokenizer.ggml.model", _NO_VOCABULARY)
     del reader, meta  # a vocabulary's metadata takes over 100 MB, and transformers reads it once more
+    if kind == _NO_VOCABULARY:
+        return source, None
     tokenizer = _tokenizer_from_gguf(path, pre_tokenizer)
     tokenizer.model_max_length = source.model.config.max_position_embeddings
     return source, tokenizer
+
+
+_NO_VOCABULARY = "no_vocab"  # what llama.cpp writes into files that have none
 
 
 def _meta(meta: dict[str, Any], key: str, default: Any = None) -> Any:

@@ -10,6 +10,7 @@ import torch
 import transformers
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
+from d3rt.bench.llama_cpp import write_gguf as write_vocabulary_free_gguf
 from d3rt.errors import D3rtError, ModelNotFoundError, UnsupportedModelError, UnsupportedOptionError
 from d3rt.models import loading
 from d3rt.models.loading import demo_model, load_model
@@ -336,6 +337,15 @@ def test_a_llama_gguf_file_gives_the_model_it_was_made_from(tmp_path, tied):
     assert torch.equal(logits(model), logits(source))
     assert model.config.tie_word_embeddings is tied
     assert len(tokenizer) == 64
+
+
+def test_a_gguf_file_without_a_vocabulary_gives_a_model_without_a_tokenizer(tmp_path):
+    torch.manual_seed(0)
+    source = LlamaForCausalLM(LlamaConfig(**TINY)).eval()
+    write_vocabulary_free_gguf(source, tmp_path / "tiny.gguf")
+    model, tokenizer = load_model(tmp_path / "tiny.gguf")
+    assert tokenizer is None
+    assert torch.equal(logits(model), logits(source))
 
 
 def test_a_gguf_file_of_another_architecture_comes_through_transformers_and_can_be_saved(tmp_path):
