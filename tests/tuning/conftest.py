@@ -1,29 +1,5 @@
-"""The tiny model of the evaluation's tests."""
+"""The tiny model of tune's tests."""
 
-from __future__ import annotations
+from byte_models import fast, model, tokenizer
 
-import pytest
-import tiny_models
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
-
-import d3rt
-
-
-@pytest.fixture(scope="session")
-def tokenizer():
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    made = Tokenizer(models.BPE(vocab={letter: at for at, letter in enumerate(alphabet)}, merges=[]))
-    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    made.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=made)
-
-
-@pytest.fixture(scope="session")
-def model():
-    return tiny_models.fresh("llama", vocab_size=256, max_position_embeddings=4096, eos_token_id=None)
-
-
-@pytest.fixture
-def fast(model, tokenizer):
-    return d3rt.compile(model, threads=1, batch_size=4, tokenizer=tokenizer)
+__all__ = ["fast", "model", "tokenizer"]
