@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping
-from importlib import metadata
 from typing import Any
 
-import torch
-
 from d3rt import bench
+from d3rt.evaluation.conditions import conditions, digest
 from d3rt.evaluation.journal import Journal
 from d3rt.evaluation.report import Report, summarise
 from d3rt.evaluation.settings import Settings
@@ -20,7 +16,6 @@ from d3rt.progress import Bar
 from d3rt.runtime import Runtime
 
 JOURNAL = "results.jsonl"
-_PROBE = 1024  # values of each weight that go into the model's fingerprint
 
 
 def evaluate(runtime: Runtime, settings: Settings) -> Report:
@@ -79,35 +74,14 @@ def _kept(
     runtime: Runtime, arms: Mapping[str, Policy], tasks: list[Task], settings: Settings
 ) -> dict[str, Any]:
     """Everything that decides a result."""
-    kept: dict[str, Any] = {
-        "d3rt": metadata.version("d3rt"),
-        "model": _fingerprint(runtime),
-        "widths": str(runtime.widths),
-        "backend": runtime.backend.name,
-        "kv_fill": runtime.kv_fill,
-        "max_seq_len": runtime.max_seq_len,
+    kept: dict[str, Any] = conditions(runtime) | {
         "tasks": [task.name for task in tasks],
         "policies": {name: policy.to_dict() for name, policy in arms.items()},
     }
     for task in tasks:
         for name, value in task.about.items():
-            told = (
-                value if isinstance(value, int | float | str) else f"{len(value)}, {_hash(json.dumps(value))}"
-            )
+            told = value if isinstance(value, int | float | str) else f"{len(value)}, {digest(value)}"
             kept[f"{task.name} {name}"] = told
     if "gsm8k" in kept["tasks"]:
         kept["gsm8k shots"] = settings.shots
     return kept
-
-
-def _fingerprint(runtime: Runtime) -> str:
-    """Of the config and the beginning of every weight."""
-    digest = hashlib.sha256(json.dumps(runtime._hf_config.to_dict(), sort_keys=True, default=str).encode())
-    for tensor in runtime.engine.decoder.weights.tensors():
-        values = tensor.flatten()[:_PROBE].cpu().contiguous()
-        digest.update(values.view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:16]
-
-
-def _hash(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()[:16]

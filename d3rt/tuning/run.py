@@ -5,23 +5,26 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 from d3rt import bench, evaluation
+from d3rt.evaluation.conditions import conditions, digest
+from d3rt.evaluation.journal import Journal
+from d3rt.evaluation.tasks import ROWS
 from d3rt.policies import Policy
 from d3rt.progress import Bar
 from d3rt.runtime import Runtime
-from d3rt.search import block_influence, greedy_path
 from d3rt.tuning.budget import Budget, Drop, Score
-from d3rt.tuning.candidates import DEFAULT_FAMILIES, DROPPED, candidates, check_families
+from d3rt.tuning.candidates import DEFAULT_FAMILIES, candidates, check_families
 from d3rt.tuning.halving import front, halve
 from d3rt.tuning.items import Item, read_items
+from d3rt.tuning.orders import Orders
 from d3rt.tuning.report import draw, markdown
 from d3rt.tuning.scorer import FULL, Scorer, seconds_per_token
 from d3rt.tuning.split import Split
 
+JOURNAL = "scores.jsonl"
 QUICK_TEXT = Path(evaluation.__file__).parent / "data" / "wikitext2.txt"
 
 
@@ -39,6 +42,7 @@ class Settings:
     seed: int = 0
     finalists: int = 3  # of each family, that validation sees
     rounds: int = 3  # of the timing; 0 times nothing
+    restart: bool = False  # throws away what is in `out`
     progress: bool = True
 
     def __post_init__(self) -> None:
@@ -58,21 +62,22 @@ def tune(runtime: Runtime, model: Any, settings: Settings) -> dict[str, Any]:
     """The figures of tune.json, with the files written to settings.out.
 
     model: what the runtime was compiled from; shortgpt reads its layers on the train items. Where no candidate is
-    within the budget on validation, the policy is full depth."""
+    within the budget on validation, the policy is full depth. An interruption (Ctrl-C) loses what was being scored, no
+    more: the same call continues. SettingsChangedError when `settings.out` holds other settings."""
     if runtime.tokenizer is None:
         raise ValueError(
             "the model has no tokenizer, and every item is text: compile(..., tokenizer=tokenizer)."
         )
     items = read_items(
         runtime, settings.task, settings.budget.metric, settings.prompt_tokens, settings.new_tokens
-    )
-    split = Split.of(items[: settings.limit], settings.seed)
+    )[: settings.limit]
+    split = Split.of(items, settings.seed)
     before = runtime.policy
     try:
-        figures = _tune(runtime, model, settings, split)
+        with Journal(settings.out / JOURNAL, _kept(runtime, settings, items), settings.restart) as journal:
+            figures = _tune(runtime, model, settings, split, journal)
     finally:
         runtime.policy = before
-    settings.out.mkdir(parents=True, exist_ok=True)
     Policy.from_dict(figures["policy"]).save(settings.out / "policy.json")
     (settings.out / "tune.json").write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
     (settings.out / "tune.md").write_text(markdown(figures), encoding="utf-8")
@@ -80,21 +85,31 @@ def tune(runtime: Runtime, model: Any, settings: Settings) -> dict[str, Any]:
     return figures
 
 
-def _tune(runtime: Runtime, model: Any, settings: Settings, split: Split[Item]) -> dict[str, Any]:
-    scorer = Scorer(runtime, settings.budget.metric, settings.new_tokens)
+def _kept(runtime: Runtime, settings: Settings, items: Sequence[Item]) -> dict[str, Any]:
+    """Everything that decides a score, and everything that decides the choice: with another budget or other policies
+    the test items of a finished run would be read for a second choice."""
+    return conditions(runtime) | {
+        "rows": min(ROWS, runtime.batch_size),
+        "task": settings.task.name,
+        "items": f"{len(items)}, {digest([item.key for item in items])}",
+        "limit": settings.limit,
+        "prompt_tokens": settings.prompt_tokens,
+        "new_tokens": settings.new_tokens,
+        "seed": settings.seed,
+        "metric": settings.budget.metric,
+        "max_drop": settings.budget.max_drop,
+        "policies": list(settings.families),
+        "finalists": settings.finalists,
+        "rounds": settings.rounds,
+    }
+
+
+def _tune(
+    runtime: Runtime, model: Any, settings: Settings, split: Split[Item], journal: Journal
+) -> dict[str, Any]:
+    scorer = Scorer(runtime, settings.budget.metric, settings.new_tokens, journal)
     layers = runtime.config.num_hidden_layers
-
-    @cache
-    def influence() -> Sequence[float]:
-        texts = [item.text for item in split.train]
-        return block_influence(model, texts, tokenizer=runtime.tokenizer, progress=settings.progress)
-
-    @cache
-    def removed() -> Sequence[int]:
-        texts = [item.text for item in split.train]
-        keep = max(1, layers - max(DROPPED))
-        path = greedy_path(model, texts, keep=keep, tokenizer=runtime.tokenizer, progress=settings.progress)
-        return path.removed
+    orders = Orders(model, runtime.tokenizer, [item.text for item in split.train], journal, settings.progress)
 
     def drop(policy: Policy, part: Sequence[Item]) -> Drop:
         full: list[Score] = scorer.score(FULL, part)
@@ -105,7 +120,9 @@ def _tune(runtime: Runtime, model: Any, settings: Settings, split: Split[Item]) 
     with Bar("train", len(settings.families) + 1, settings.progress) as bar:
         for family in settings.families:
             bar.say(family)
-            arms = candidates(family, layers, settings.new_tokens, influence, removed)
+            arms = candidates(
+                family, layers, settings.new_tokens, orders.influence, lambda: orders.removed(layers)
+            )
             tried[family] = len(arms)
 
             def rank(policy: Policy, count: int) -> tuple[float, float]:
@@ -122,33 +139,13 @@ def _tune(runtime: Runtime, model: Any, settings: Settings, split: Split[Item]) 
     chosen = max(fitting, key=lambda policy: found[policy].saved)
     names = list(found)
     on_front = [names[at] for at in front([(found[each].drop, found[each].saved) for each in names])]
-    times = {}
-    if settings.rounds:
-        timed = dict.fromkeys([FULL, *on_front, chosen])
-        measures = {
-            str(policy): lambda policy=policy: seconds_per_token(
-                runtime, policy, split.validation[0], settings.new_tokens
-            )
-            for policy in timed
-        }
-        spreads = bench.interleave(measures, settings.rounds)
-        times = {name: spreads[str(FULL)].over(spread).as_dict() for name, spread in spreads.items()}
+    times = _times(runtime, settings, [FULL, *on_front, chosen], split.validation[0], journal)
+    timed = [policy for policy in found if str(policy) in times]
+    by_time = front([(found[each].drop, times[str(each)]["median"]) for each in timed])
     counts = {"train": len(split.train), "validation": len(split.validation), "test": split.test.count}
-    final = drop(chosen, split.test.open())  # the one look at the test items
-    time_front = [
-        name
-        for name in times
-        if not any(
-            found[other].drop <= found[policy].drop
-            and times[str(other)]["median"] >= times[name]["median"]
-            and (found[other].drop, -times[str(other)]["median"])
-            != (found[policy].drop, -times[name]["median"])
-            for policy in names
-            if str(policy) == name
-            for other in names
-            if str(other) in times
-        )
-    ]
+    # The one look at the test items. The choice was made from the other two parts alone: a run that is continued after
+    # some of these were scored makes it again, and makes the same.
+    final = drop(chosen, split.test.open())
     return {
         "kind": "d3rt tune",
         "model": getattr(runtime._hf_config, "name_or_path", "") or "a model in memory",
@@ -165,7 +162,23 @@ def _tune(runtime: Runtime, model: Any, settings: Settings, split: Split[Item]) 
         "policy_text": str(chosen),
         "validation": {str(policy): asdict(each) for policy, each in found.items()},
         "front": [str(policy) for policy in on_front],
-        "time_front": time_front,
+        "time_front": [str(timed[at]) for at in by_time],
         "speedup": times,
         "test": asdict(final) | {"verdict": settings.budget.verdict(final)},
     }
+
+
+def _times(
+    runtime: Runtime, settings: Settings, policies: Sequence[Policy], item: Item, journal: Journal
+) -> dict[str, Any]:
+    """By policy, how many times as fast as full depth its decode steps are: a spread over the rounds."""
+    key = ("speedup", item.key, "all")
+    if settings.rounds and key not in journal.results:
+        measures = {
+            str(policy): lambda policy=policy: seconds_per_token(runtime, policy, item, settings.new_tokens)
+            for policy in dict.fromkeys(policies)
+        }
+        spreads = bench.interleave(measures, settings.rounds)
+        full = spreads[str(FULL)]
+        journal.add(*key, {name: full.over(spread).as_dict() for name, spread in spreads.items()})
+    return journal.results.get(key, {})

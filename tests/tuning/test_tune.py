@@ -14,27 +14,11 @@ import torch
 import d3rt
 from d3rt.evaluation.scoring import BBH_STOPS, cut
 from d3rt.policies import D3, FullDepth, StaticLayers
-from d3rt.tuning import Budget, Settings, transferred, tune
+from d3rt.tuning import Budget, transferred, tune
 from d3rt.tuning.budget import Drop, Score
 from d3rt.tuning.halving import front, halve
 from d3rt.tuning.scorer import Scorer
 from d3rt.tuning.split import Sealed, Split
-
-
-@pytest.fixture
-def settings(tmp_path):
-    path = tmp_path / "task.jsonl"
-    lines = [json.dumps({"prompt": f"number {at} is a number"}) for at in range(20)]
-    path.write_text("\n".join(lines), encoding="utf-8")
-    return Settings(
-        path,
-        Budget("agreement", 0.5),
-        ("d3", "unified"),
-        tmp_path / "out",
-        new_tokens=8,
-        rounds=0,
-        progress=False,
-    )
 
 
 def test_test_items_are_scored_after_everything_else_and_with_two_arms_only(
@@ -172,7 +156,7 @@ def test_a_greedy_search_leaves_out_what_search_greedy_does(fast, model, setting
 
 
 def test_tuning_twice_gives_the_same_figures(fast, model, settings):
-    assert tune(fast, model, settings) == tune(fast, model, settings)
+    assert tune(fast, model, settings) == tune(fast, model, replace(settings, restart=True))
 
 
 def test_no_drop_allowed_and_nothing_that_agrees_gives_full_depth(fast, model, settings):
