@@ -20,7 +20,8 @@ from d3rt.tuning.candidates import DEFAULT_FAMILIES, candidates, check_families
 from d3rt.tuning.halving import front, halve
 from d3rt.tuning.items import Item, read_items
 from d3rt.tuning.orders import Orders
-from d3rt.tuning.report import draw, markdown
+from d3rt.tuning.pictures import draw
+from d3rt.tuning.report import markdown
 from d3rt.tuning.scorer import FULL, Scorer, seconds_per_token
 from d3rt.tuning.split import Split
 
