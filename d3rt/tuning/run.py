@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,9 @@ from d3rt.evaluation.tasks import ROWS
 from d3rt.policies import Policy
 from d3rt.progress import Bar
 from d3rt.runtime import Runtime
-from d3rt.tuning.budget import Budget, Drop, Score
+from d3rt.tuning.budget import Budget, Drop, saved
 from d3rt.tuning.candidates import DEFAULT_FAMILIES, candidates, check_families
+from d3rt.tuning.choice import choose
 from d3rt.tuning.halving import front, halve
 from d3rt.tuning.items import Item, read_items
 from d3rt.tuning.orders import Orders
@@ -41,7 +43,7 @@ class Settings:
     prompt_tokens: int = 64
     new_tokens: int = 96
     seed: int = 0
-    finalists: int = 3  # of each family, that validation sees
+    finalists: int = 3  # of each family, that validation sees: the best for the budget, for half of it, ...
     rounds: int = 3  # of the timing; 0 times nothing
     restart: bool = False  # throws away what is in `out`
     progress: bool = True
@@ -62,9 +64,10 @@ class Settings:
 def tune(runtime: Runtime, model: Any, settings: Settings) -> dict[str, Any]:
     """The figures of tune.json, with the files written to settings.out.
 
-    model: what the runtime was compiled from; shortgpt reads its layers on the train items. Where no candidate is
-    within the budget on validation, the policy is full depth. An interruption (Ctrl-C) loses what was being scored, no
-    more: the same call continues. SettingsChangedError when `settings.out` holds other settings."""
+    model: what the runtime was compiled from; shortgpt reads its layers on the train items. The policy is the one that
+    saves the most bytes of those whose drop is within the budget by its upper bound on validation; where there is none,
+    by its mean, which the report says; where there is none, full depth. An interruption (Ctrl-C) loses what was being
+    scored, no more: the same call continues. SettingsChangedError when `settings.out` holds other settings."""
     if runtime.tokenizer is None:
         raise ValueError(
             "the model has no tokenizer, and every item is text: compile(..., tokenizer=tokenizer)."
@@ -109,13 +112,21 @@ def _tune(
     runtime: Runtime, model: Any, settings: Settings, split: Split[Item], journal: Journal
 ) -> dict[str, Any]:
     scorer = Scorer(runtime, settings.budget.metric, settings.new_tokens, journal)
-    layers = runtime.config.num_hidden_layers
+    layers, budget = runtime.config.num_hidden_layers, settings.budget
     orders = Orders(model, runtime.tokenizer, [item.text for item in split.train], journal, settings.progress)
 
-    def drop(policy: Policy, part: Sequence[Item]) -> Drop:
-        full: list[Score] = scorer.score(FULL, part)
-        return settings.budget.drop(full, scorer.score(policy, part))
+    def drop(policy: Policy, part: Sequence[Item], among: int = 1) -> Drop:
+        full = scorer.score(FULL, part)
+        found = budget.drop(full, scorer.score(policy, part), among)
+        return replace(found, low=0.0, high=0.0, bound=0.0) if policy == FULL else found  # by definition
 
+    def rank(goal: float, policy: Policy, count: int) -> tuple[float, float]:
+        full, arm = (scorer.score(each, split.train[:count]) for each in (FULL, policy))
+        return max(0.0, budget.lost(full, arm) - goal), -saved(full, arm)
+
+    # What just fits on train is seldom bounded by the budget on validation: half of it, and a quarter, are goals too.
+    goals = [budget.max_drop / 2**at for at in range(settings.finalists)]
+    ranks = [partial(rank, goal) for goal in goals]
     finalists: list[Policy] = []
     tried: dict[str, int] = {}
     with Bar("train", len(settings.families) + 1, settings.progress) as bar:
@@ -125,19 +136,15 @@ def _tune(
                 family, layers, settings.new_tokens, orders.influence, lambda: orders.removed(layers)
             )
             tried[family] = len(arms)
-
-            def rank(policy: Policy, count: int) -> tuple[float, float]:
-                found = drop(policy, split.train[:count])
-                return max(0.0, found.drop - settings.budget.max_drop), -found.saved
-
-            finalists += halve(arms, rank, len(split.train), settings.finalists)
+            finalists += halve(arms, ranks, len(split.train), settings.finalists)
             bar.advance()
         bar.say("validation")
-        found = {policy: drop(policy, split.validation) for policy in (FULL, *dict.fromkeys(finalists))}
+        seen = list(dict.fromkeys(finalists))  # none, where no candidate fits so few layers
+        found = {policy: drop(policy, split.validation, max(1, len(seen))) for policy in (FULL, *seen)}
         bar.advance()
 
-    fitting = [policy for policy in found if found[policy].drop <= settings.budget.max_drop]
-    chosen = max(fitting, key=lambda policy: found[policy].saved)
+    choice = choose(found, FULL, budget)
+    chosen = choice.arm
     names = list(found)
     on_front = [names[at] for at in front([(found[each].drop, found[each].saved) for each in names])]
     times = _times(runtime, settings, [FULL, *on_front, chosen], split.validation[0], journal)
@@ -147,13 +154,14 @@ def _tune(
     # The one look at the test items. The choice was made from the other two parts alone: a run that is continued after
     # some of these were scored makes it again, and makes the same.
     final = drop(chosen, split.test.open())
+    verdict = "this is full depth: nothing is lost" if chosen == FULL else budget.verdict(final)
     return {
         "kind": "d3rt tune",
         "model": getattr(runtime._hf_config, "name_or_path", "") or "a model in memory",
         "num_layers": layers,
         "task": settings.task.name,
-        "metric": settings.budget.metric,
-        "max_drop": settings.budget.max_drop,
+        "metric": budget.metric,
+        "max_drop": budget.max_drop,
         "seed": settings.seed,
         "prompt_tokens": settings.prompt_tokens,
         "new_tokens": settings.new_tokens,
@@ -161,11 +169,12 @@ def _tune(
         "candidates": tried,
         "policy": chosen.to_dict(),
         "policy_text": str(chosen),
+        "chosen": {"by": choice.by, "words": choice.words},
         "validation": {str(policy): asdict(each) for policy, each in found.items()},
         "front": [str(policy) for policy in on_front],
         "time_front": [str(timed[at]) for at in by_time],
         "speedup": times,
-        "test": asdict(final) | {"verdict": settings.budget.verdict(final)},
+        "test": asdict(final) | {"verdict": verdict},
     }
 
 
