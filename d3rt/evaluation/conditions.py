@@ -1,4 +1,4 @@
-"""What of a runtime decides its results: the head of every journal."""
+"""What of a runtime decides its results, the head of every journal; and what a report says of it."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from d3rt import bench
 from d3rt.runtime import Runtime
 
 _PROBE = 1024  # values of each weight that go into the model's fingerprint
@@ -23,6 +24,17 @@ def conditions(runtime: Runtime) -> dict[str, Any]:
         "backend": runtime.backend.name,
         "kv_fill": runtime.kv_fill,
         "max_seq_len": runtime.max_seq_len,
+    }
+
+
+def about(runtime: Runtime) -> dict[str, Any]:
+    """Of the model, and of what it was measured with."""
+    return {
+        "model": getattr(runtime._hf_config, "name_or_path", "") or "a model in memory",
+        "runtime": f"{runtime.backend.describe()['runs']}, {runtime.backend.threads} threads, {runtime.widths}",
+        "machine": bench.machine(),
+        "versions": bench.versions(),
+        "num_layers": runtime.config.num_hidden_layers,
     }
 
 

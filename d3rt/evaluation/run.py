@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from d3rt import bench
-from d3rt.evaluation.conditions import conditions, digest
+from d3rt.evaluation.conditions import about, conditions, digest
 from d3rt.evaluation.journal import Journal
 from d3rt.evaluation.report import Report, summarise
 from d3rt.evaluation.settings import Settings
@@ -39,14 +38,7 @@ def evaluate(runtime: Runtime, settings: Settings) -> Report:
             results = dict(journal.results)
     finally:
         runtime.policy = before
-    about = {
-        "model": getattr(runtime._hf_config, "name_or_path", "") or "a model in memory",
-        "runtime": f"{runtime.backend.describe()['runs']}, {runtime.backend.threads} threads, {runtime.widths}",
-        "machine": bench.machine(),
-        "versions": bench.versions(),
-        "num_layers": runtime.config.num_hidden_layers,
-    }
-    report = summarise(about, [task.name for task in tasks], arms, results, settings)
+    report = summarise(about(runtime), [task.name for task in tasks], arms, results, settings)
     report.write(settings.out)
     return report
 

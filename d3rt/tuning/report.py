@@ -21,7 +21,7 @@ def markdown(figures: Mapping[str, Any]) -> str:
         f"{figures['model']}, {figures['task']}; {figures['metric']} ({LOST[figures['metric']]}), at most "
         f"{figures['max_drop']:.2%}. {figures['chosen']['words']}",
         "",
-        f"**Test** ({test['items']} items, read once, after the choice): drop {_span(test)}, "
+        f"**Test** ({test['items']} items, read once, after the choice): drop {span(test)}, "
         f"{test['saved']:.1%} of the bytes saved, mean depth {test['mean_depth']:.1f} of {figures['num_layers']}. "
         f"{test['verdict'].capitalize()}.",
         "",
@@ -37,7 +37,7 @@ def markdown(figures: Mapping[str, Any]) -> str:
         fronts = [word for word, key in (("bytes", "front"), ("time", "time_front")) if name in figures[key]]
         cells = (
             f"`{name}`",
-            _span(drop),
+            span(drop),
             f"{drop['bound']:.2%}",
             f"{drop['saved']:.1%}",
             speed,
@@ -47,5 +47,6 @@ def markdown(figures: Mapping[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _span(drop: Mapping[str, Any]) -> str:
+def span(drop: Mapping[str, Any]) -> str:
+    """A drop with its interval."""
     return f"{drop['drop']:.2%} ({drop['low']:.2%} to {drop['high']:.2%})"

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from d3rt import bench, evaluation
-from d3rt.evaluation.conditions import conditions, digest
+from d3rt.evaluation.conditions import about, conditions, digest
 from d3rt.evaluation.journal import Journal
 from d3rt.evaluation.tasks import ROWS
 from d3rt.policies import Policy
@@ -157,8 +157,7 @@ def _tune(
     verdict = "this is full depth: nothing is lost" if chosen == FULL else budget.verdict(final)
     return {
         "kind": "d3rt tune",
-        "model": getattr(runtime._hf_config, "name_or_path", "") or "a model in memory",
-        "num_layers": layers,
+        **about(runtime),
         "task": settings.task.name,
         "metric": budget.metric,
         "max_drop": budget.max_drop,
