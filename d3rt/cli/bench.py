@@ -51,8 +51,8 @@ def bench(
             with open(path, "ab"):
                 pass
     from d3rt.bench.comparison import Settings, measure
+    from d3rt.bench.pictures import draw
     from d3rt.bench.tables import about, depth_table, markdown, part_table, run_table
-    from d3rt.bench.tables import plot as draw
 
     sizes = {"prompt": prompt, "new": new, "rounds": rounds}
     given = (QUICK if quick else {}) | {name: value for name, value in sizes.items() if value is not None}

@@ -22,8 +22,12 @@ def report(
     timed: Annotated[
         Path | None, typer.Option("--bench", metavar="FILE", help="The --json of d3rt bench.")
     ] = None,
+    tuned: Annotated[
+        Path | None, typer.Option("--tune", metavar="DIR", help="The --out of d3rt tune.")
+    ] = None,
     quick: Annotated[
-        bool, typer.Option("--quick", help="Run both first, on a few items: a try-out, no figures to quote.")
+        bool,
+        typer.Option("--quick", help="Run the first two, on a few items: a try-out, no figures to quote."),
     ] = False,
     policy: Annotated[
         list[str] | None,
@@ -33,15 +37,17 @@ def report(
     threads: ThreadsOption = None,
     out: Annotated[Path, typer.Option(help="The HTML file.")] = Path("out/report.html"),
 ) -> None:
-    """Put quality and speed on one page: an HTML file that needs nothing else."""
+    """Put quality, speed and a policy for your task on one page: an HTML file that needs nothing else."""
     for each in policy or ():
         parse(each)
-    if quick and (evaluated or timed):
-        raise ValueError("--quick with --eval or --bench: it makes its own figures; leave one of them out.")
+    if quick and (evaluated or timed or tuned):
+        raise ValueError(
+            "--quick with --eval, --bench or --tune: it makes its own figures; leave one of them out."
+        )
     if not quick and (policy or model):
         raise ValueError("--policy and --model are for --quick; the files say what they were measured with.")
     from d3rt.reporting import page
-    from d3rt.reporting.page import read_bench, read_eval
+    from d3rt.reporting.page import read_bench, read_eval, read_tune
 
     out.parent.mkdir(parents=True, exist_ok=True)
     if quick:
@@ -49,6 +55,7 @@ def report(
     text = page(
         read_eval(evaluated) if evaluated is not None else None,
         read_bench(timed) if timed is not None else None,
+        read_tune(tuned) if tuned is not None else None,
     )
     part = out.with_suffix(".part")
     part.write_text(text, encoding="utf-8")

@@ -34,7 +34,10 @@ def tune(
     prompt_tokens: Annotated[int, typer.Option(help="Of a text, at full depth.")] = 64,
     new_tokens: Annotated[int, typer.Option(help="Of an item, after these.")] = 96,
     seed: Annotated[int, typer.Option(help="Of the split.")] = 0,
-    out: Annotated[Path, typer.Option(help="Where policy.json and the report go.")] = Path("out/tune"),
+    out: Annotated[Path, typer.Option(help="Where scores, policy.json and the report go.")] = Path(
+        "out/tune"
+    ),
+    restart: Annotated[bool, typer.Option("--restart", help="Throw away the scores in --out.")] = False,
     transfer: Annotated[
         Path | None,
         typer.Option(
@@ -52,7 +55,8 @@ def tune(
 ) -> None:
     """Find the policy that saves the most bytes within a drop: searched, chosen and told on three parts of the items.
 
-    Where none is within the drop, policy.json is full depth, and the exit code 0 all the same."""
+    Every score is kept at once: the same command continues what was stopped. Where no policy is within the drop,
+    policy.json is full depth, and the exit code 0 all the same."""
     if transfer is not None:
         _transfer(transfer, layers, to, out)
         return
@@ -70,10 +74,16 @@ def tune(
     from d3rt.tuning.run import tune as run
 
     settings = Settings(task or QUICK_TEXT, budget, families, out, limit, prompt_tokens, new_tokens, seed)
+    settings = replace(settings, restart=restart)
     if quick:
         settings = replace(settings, limit=min(limit, 16), prompt_tokens=32, new_tokens=16, finalists=1)
     runtime = compiled(model, {"batch_size": ROWS, "threads": threads}, {"weights": weights})
-    typer.echo(markdown(run(runtime, model, settings)))
+    try:
+        figures = run(runtime, model, settings)
+    except KeyboardInterrupt:
+        typer.echo(f"\nwhat is done is in {out}; the same command continues", err=True)
+        raise
+    typer.echo(markdown(figures))
     typer.echo(f"wrote {out / 'policy.json'}, tune.json, tune.md and front.png beside it", err=True)
 
 

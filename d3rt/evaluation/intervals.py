@@ -3,6 +3,7 @@
 wilson       a share of right answers
 mcnemar      two runs right or wrong on the same items: exact, from the items on which they differ
 bootstrap    a mean over tokens, by resampling whole texts: the tokens of one text are not independent
+upper_bound  the same mean's upper end alone, at any chance of error, where texts are few and losses skewed
 sign_flip    is a paired difference of means zero? a permutation test over texts
 """
 
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from statistics import NormalDist
 
 import numpy as np
 
@@ -44,6 +46,22 @@ def bootstrap(sums: Sequence[float], counts: Sequence[float]) -> tuple[float, fl
         means.append(values[picked].sum(1) / weights[picked].sum(1))
     low, high = np.quantile(np.concatenate(means), (0.025, 0.975))
     return float(low), float(high)
+
+
+def upper_bound(sums: Sequence[float], counts: Sequence[float], chance: float) -> float:
+    """What sum(sums) / sum(counts) exceeds with `chance` at most, over all texts like these.
+
+    By the normal distribution, with Johnson's correction for skewness (JASA 73, 1978): a few texts lose much, and
+    resampling a few dozen of them has too short a tail. At least 2 texts."""
+    values, weights = np.asarray(sums, dtype=float), np.asarray(counts, dtype=float)
+    ratio = values.sum() / weights.sum()
+    rest = (values - ratio * weights) / weights.mean()
+    deviation, root = rest.std(ddof=1), math.sqrt(len(rest))
+    if deviation == 0:
+        return float(ratio)
+    z = NormalDist().inv_cdf(1 - chance)
+    skewness = (rest**3).mean() / deviation**3
+    return float(ratio + deviation / root * (z + skewness * (2 * z * z + 1) / (6 * root)))
 
 
 def sign_flip(differences: Sequence[float]) -> float:

@@ -1,4 +1,4 @@
-"""Journal: every result of an evaluation in a file of JSON lines, as soon as there is one.
+"""Journal: every result of an evaluation, or of a tuning, in a file of JSON lines, as soon as there is one.
 
 The first line holds the settings; each further one is a task, an item, an arm (full depth, or a policy's text) and the
 result. A run that is continued reads what is there and does the rest. It must have the same settings: a difference is
@@ -55,7 +55,7 @@ class Journal:
             results = {(each["task"], each["item"], each["arm"]): each["result"] for each in rest}
         except (ValueError, KeyError, TypeError) as error:
             raise SettingsChangedError(
-                f"{self.path} is no journal of an evaluation ({error!r}); choose another folder, or restart."
+                f"{self.path} is no journal ({error!r}); choose another folder, or restart."
             ) from error
         if head["hash"] != settings_hash(settings):
             _refuse(self.path, before, settings)
@@ -83,6 +83,6 @@ def _refuse(path: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> No
     names = sorted(name for name in {*before, *now} if before.get(name) != now.get(name))
     told = "; ".join(f"{name} was {before.get(name)!r}, is {now.get(name)!r}" for name in names)
     raise SettingsChangedError(
-        f"{path} holds an evaluation of other settings: {told or 'its hash is not that of its settings'}. Choose "
+        f"{path} holds results of other settings: {told or 'its hash is not that of its settings'}. Choose "
         "another folder (--out), give the same settings, or start anew (--restart)."
     )

@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping
-from importlib import metadata
 from typing import Any
 
-import torch
-
-from d3rt import bench
+from d3rt.evaluation.conditions import about, conditions, digest
 from d3rt.evaluation.journal import Journal
 from d3rt.evaluation.report import Report, summarise
 from d3rt.evaluation.settings import Settings
@@ -20,7 +15,6 @@ from d3rt.progress import Bar
 from d3rt.runtime import Runtime
 
 JOURNAL = "results.jsonl"
-_PROBE = 1024  # values of each weight that go into the model's fingerprint
 
 
 def evaluate(runtime: Runtime, settings: Settings) -> Report:
@@ -44,14 +38,7 @@ def evaluate(runtime: Runtime, settings: Settings) -> Report:
             results = dict(journal.results)
     finally:
         runtime.policy = before
-    about = {
-        "model": getattr(runtime._hf_config, "name_or_path", "") or "a model in memory",
-        "runtime": f"{runtime.backend.describe()['runs']}, {runtime.backend.threads} threads, {runtime.widths}",
-        "machine": bench.machine(),
-        "versions": bench.versions(),
-        "num_layers": runtime.config.num_hidden_layers,
-    }
-    report = summarise(about, [task.name for task in tasks], arms, results, settings)
+    report = summarise(about(runtime), [task.name for task in tasks], arms, results, settings)
     report.write(settings.out)
     return report
 
@@ -79,35 +66,14 @@ def _kept(
     runtime: Runtime, arms: Mapping[str, Policy], tasks: list[Task], settings: Settings
 ) -> dict[str, Any]:
     """Everything that decides a result."""
-    kept: dict[str, Any] = {
-        "d3rt": metadata.version("d3rt"),
-        "model": _fingerprint(runtime),
-        "widths": str(runtime.widths),
-        "backend": runtime.backend.name,
-        "kv_fill": runtime.kv_fill,
-        "max_seq_len": runtime.max_seq_len,
+    kept: dict[str, Any] = conditions(runtime) | {
         "tasks": [task.name for task in tasks],
         "policies": {name: policy.to_dict() for name, policy in arms.items()},
     }
     for task in tasks:
         for name, value in task.about.items():
-            told = (
-                value if isinstance(value, int | float | str) else f"{len(value)}, {_hash(json.dumps(value))}"
-            )
+            told = value if isinstance(value, int | float | str) else f"{len(value)}, {digest(value)}"
             kept[f"{task.name} {name}"] = told
     if "gsm8k" in kept["tasks"]:
         kept["gsm8k shots"] = settings.shots
     return kept
-
-
-def _fingerprint(runtime: Runtime) -> str:
-    """Of the config and the beginning of every weight."""
-    digest = hashlib.sha256(json.dumps(runtime._hf_config.to_dict(), sort_keys=True, default=str).encode())
-    for tensor in runtime.engine.decoder.weights.tensors():
-        values = tensor.flatten()[:_PROBE].cpu().contiguous()
-        digest.update(values.view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:16]
-
-
-def _hash(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()[:16]

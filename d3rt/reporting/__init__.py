@@ -1,4 +1,4 @@
-"""d3rt report: what `d3rt eval` and `d3rt bench` found, on one page that needs nothing else."""
+"""d3rt report: what `d3rt eval`, `d3rt bench` and `d3rt tune` found, on one page that needs nothing else."""
 
 from __future__ import annotations
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from d3rt.errors import D3rtError
 from d3rt.reporting import pictures
+from d3rt.reporting.tuned import section, summary
 
 Figures = Mapping[str, Any]
 FULL = "full"
@@ -21,6 +22,11 @@ QUALITY = {
     "bbh": ("exact_match", "BBH, exact match", False),
 }
 FEW_ITEMS = 30
+TUNED = (  # what of a tune.json the page reads
+    *("model", "num_layers", "runtime", "machine", "versions", "task", "metric", "max_drop", "seed"),
+    *("prompt_tokens", "new_tokens", "items", "candidates", "policy_text", "chosen", "validation"),
+    *("front", "time_front", "speedup", "test"),
+)
 
 
 class ReportInputError(D3rtError, ValueError):
@@ -39,6 +45,11 @@ def read_bench(path: Path) -> dict[str, Any]:
     return _read(path, ("settings", "runs", "depths"), "d3rt bench --json FILE")
 
 
+def read_tune(folder: Path) -> dict[str, Any]:
+    """tune.json of `d3rt tune`."""
+    return _read(folder / "tune.json" if folder.is_dir() else folder, TUNED, "d3rt tune")
+
+
 def _read(path: Path, wanted: tuple[str, ...], made_by: str) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
@@ -54,27 +65,33 @@ def _read(path: Path, wanted: tuple[str, ...], made_by: str) -> dict[str, Any]:
     return found
 
 
-def page(evaluated: Figures | None, timed: Figures | None) -> str:
-    """The HTML. ReportInputError when there is nothing, or when the two are of different models."""
-    if evaluated is None and timed is None:
-        raise ReportInputError("nothing to report: give --eval, --bench, or --quick, which makes both.")
+def page(evaluated: Figures | None, timed: Figures | None, tuned: Figures | None = None) -> str:
+    """The HTML. ReportInputError when there is nothing, or when the files are of different models."""
+    if evaluated is None and timed is None and tuned is None:
+        raise ReportInputError(
+            "nothing to report: give --eval, --bench, --tune, or --quick, which makes the first two."
+        )
     from jinja2 import Environment, StrictUndefined
 
     layers = {
         "d3rt eval": evaluated["about"]["num_layers"] if evaluated else None,
         "d3rt bench": timed["settings"]["num_layers"] if timed else None,
+        "d3rt tune": tuned["num_layers"] if tuned else None,
     }
     models = {
         "d3rt eval": evaluated["about"]["model"] if evaluated else None,
         "d3rt bench": timed["settings"]["model"] if timed else None,
+        "d3rt tune": tuned["model"] if tuned else None,
     }
     for what, of in (("models", models), ("numbers of layers", layers)):
-        if len({each for each in of.values() if each is not None}) > 1:
-            both = ", ".join(f"{name}: {each!r}" for name, each in of.items())
-            raise ReportInputError(f"the files are of different {what} ({both}); run both on one.")
+        there = {name: each for name, each in of.items() if each is not None}
+        if len(set(there.values())) > 1:
+            told = ", ".join(f"{name}: {each!r}" for name, each in there.items())
+            raise ReportInputError(f"the files are of different {what} ({told}); run all on one.")
     num_layers = next(each for each in layers.values() if each is not None)
     policies = _policies(evaluated, timed)
     rows = [_row(policy, evaluated, timed) for policy in policies]
+    drawn = list(dict.fromkeys([*policies, *([tuned["policy_text"]] if tuned else [])]))
     template = resources.files("d3rt.reporting").joinpath("page.html").read_text(encoding="utf-8")
     environment = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
@@ -84,15 +101,17 @@ def page(evaluated: Figures | None, timed: Figures | None) -> str:
         num_layers=num_layers,
         rows=rows,
         quality_titles=_titles(evaluated),
-        summary=_summary(rows, evaluated),
-        cautions=_cautions(evaluated, timed),
+        summary=_summary(rows, evaluated) + ([summary(tuned)] if tuned else []),
+        cautions=_cautions(evaluated, timed, tuned),
         trade_off=pictures.trade_off(rows) if evaluated and timed else None,
-        depth=pictures.depth(policies, num_layers, _tokens(evaluated, timed)),
+        depth=pictures.depth(drawn, num_layers, _tokens(evaluated, timed, tuned)),
         positions=pictures.positions(evaluated),
         steps=pictures.steps(timed) if timed and timed["depths"] else None,
         parts=pictures.parts(timed) if timed and timed.get("parts") else None,
         engines=_engines(timed),
-        settings=_settings(evaluated, timed),
+        tuned=section(tuned) if tuned else None,
+        front=pictures.front(tuned) if tuned else None,
+        settings=_settings(evaluated, timed, tuned),
         has_eval=evaluated is not None,
         has_bench=timed is not None,
     )
@@ -184,9 +203,13 @@ def _summary(rows: list[dict[str, Any]], evaluated: Figures | None) -> list[str]
     return lines
 
 
-def _cautions(evaluated: Figures | None, timed: Figures | None) -> list[str]:
+def _cautions(evaluated: Figures | None, timed: Figures | None, tuned: Figures | None) -> list[str]:
     """What a reader must not overlook."""
     found = []
+    if tuned and tuned["policy_text"] != FULL and tuned["test"]["items"] < FEW_ITEMS:
+        found.append(
+            f"The tuned policy's figure is of {tuned['test']['items']} items, fewer than {FEW_ITEMS}: see its interval."
+        )
     if evaluated:
         few = [name for name, task in evaluated["tasks"].items() if task["items"] < FEW_ITEMS]
         if few:
@@ -217,17 +240,21 @@ def _cautions(evaluated: Figures | None, timed: Figures | None) -> list[str]:
     return found
 
 
-def _tokens(evaluated: Figures | None, timed: Figures | None) -> int:
+def _tokens(evaluated: Figures | None, timed: Figures | None, tuned: Figures | None) -> int:
     """Over how many tokens depth is drawn."""
     longest = [task["longest"] for task in evaluated["tasks"].values()] if evaluated else []
-    return max([*longest, timed["settings"]["new_tokens"] if timed else 2, 2])
+    longest += [timed["settings"]["new_tokens"]] if timed else []
+    longest += [tuned["new_tokens"]] if tuned else []
+    return max([*longest, 2])
 
 
 def _engines(timed: Figures | None) -> list[dict[str, Any]]:
     return [run for run in timed["runs"] if run["policy"] in (None, FULL)] if timed else []
 
 
-def _settings(evaluated: Figures | None, timed: Figures | None) -> list[tuple[str, str]]:
+def _settings(
+    evaluated: Figures | None, timed: Figures | None, tuned: Figures | None
+) -> list[tuple[str, str]]:
     """Name and value of everything that the figures were taken with."""
     found = []
     if timed:
@@ -257,14 +284,23 @@ def _settings(evaluated: Figures | None, timed: Figures | None) -> list[tuple[st
             )
     if evaluated:
         about = evaluated["about"]
-        there = about["machine"]
-        found += [
-            ("quality", f"{about['runtime']}; greedy; 95% intervals, differences paired over the same items"),
-            ("quality, machine", f"{there['cpu']}, {there['cores']} cores, {there['system']}"),
-            (
-                "quality, versions",
-                ", ".join(f"{name} {version}" for name, version in about["versions"].items()),
-            ),
-        ]
+        found += _measured(
+            "quality", about, "; greedy; 95% intervals, differences paired over the same items"
+        )
         found += [(f"task {name}", task["title"]) for name, task in evaluated["tasks"].items()]
+    if tuned:
+        sizes = f"{tuned['prompt_tokens']} prompt tokens of a text, {tuned['new_tokens']} new tokens"
+        found += _measured("tuning", tuned, f"; {sizes}; seed {tuned['seed']}")
+        tried = ", ".join(f"{count} {name}" for name, count in tuned["candidates"].items())
+        found.append(("tuning, candidates", tried))
     return found
+
+
+def _measured(what: str, about: Figures, how: str) -> list[tuple[str, str]]:
+    """What something was measured with, and where."""
+    there = about["machine"]
+    return [
+        (what, f"{about['runtime']}{how}"),
+        (f"{what}, machine", f"{there['cpu']}, {there['cores']} cores, {there['system']}"),
+        (f"{what}, versions", ", ".join(f"{name} {version}" for name, version in about["versions"].items())),
+    ]

@@ -9,6 +9,7 @@ from typing import Any
 from d3rt.errors import D3rtError
 from d3rt.evaluation.pictures import COLOURS, FULL_COLOUR, GRID
 from d3rt.policies import parse
+from d3rt.tuning import pictures as tuning
 
 Figures = Mapping[str, Any]
 FULL = "full"
@@ -80,6 +81,11 @@ def trade_off(rows: Sequence[Mapping[str, Any]]) -> str | None:
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=2, fontsize=8, frameon=False)
     return _svg(figure)
+
+
+def front(tuned: Figures) -> str:
+    """The candidates of `d3rt tune` on validation."""
+    return _svg(tuning.front(tuned))
 
 
 def depth(policies: Sequence[str], num_layers: int, tokens: int) -> str | None:

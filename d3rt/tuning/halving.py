@@ -10,14 +10,16 @@ Arm = TypeVar("Arm")
 
 
 def halve(
-    arms: Sequence[Arm], rank: Callable[[Arm, int], Any], items: int, keep: int, first: int = 4
+    arms: Sequence[Arm], ranks: Sequence[Callable[[Arm, int], Any]], items: int, keep: int, first: int = 4
 ) -> list[Arm]:
-    """The `keep` arms of lowest rank: all on `first` items, the better half on twice as many, and so on.
+    """The `keep` best arms: all are tried on `first` items, the better half on twice as many, and so on.
 
-    rank: (arm, number of items) -> what sorts; the first items are those of the rung before. Equal ranks keep order."""
+    ranks: each (arm, number of items) -> what sorts, the lowest first; the first items are those of the rung before.
+    The best arms are the first by each rank, then the second by each, and so on. Equal ranks keep order."""
     arms, count = list(arms), min(first, items)
     while True:
-        arms = sorted(arms, key=lambda arm: rank(arm, count))
+        orders = [sorted(arms, key=lambda arm, rank=rank: rank(arm, count)) for rank in ranks]
+        arms = list(dict.fromkeys(arm for place in zip(*orders, strict=True) for arm in place))
         if count >= items or len(arms) <= keep:
             return arms[:keep]
         arms, count = arms[: max(keep, math.ceil(len(arms) / 2))], min(2 * count, items)

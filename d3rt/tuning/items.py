@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
+from functools import cached_property
 from pathlib import Path
 
 from d3rt.evaluation import data
+from d3rt.evaluation.conditions import digest
 from d3rt.evaluation.until import prompt_ids
 from d3rt.runtime import Runtime
 
@@ -20,6 +22,11 @@ class Item:
     head: tuple[int, ...]
     forced: tuple[int, ...] = ()
     target: str | None = None
+
+    @cached_property
+    def key(self) -> str:
+        """What a journal knows it by: a digest of all of it."""
+        return digest(astuple(self))
 
 
 def read_items(runtime: Runtime, path: Path, metric: str, prompt_tokens: int, new_tokens: int) -> list[Item]:

@@ -4,24 +4,30 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from functools import cache
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from d3rt import bench, evaluation
+from d3rt.evaluation.conditions import about, conditions, digest
+from d3rt.evaluation.journal import Journal
+from d3rt.evaluation.tasks import ROWS
 from d3rt.policies import Policy
 from d3rt.progress import Bar
 from d3rt.runtime import Runtime
-from d3rt.search import block_influence, greedy_path
-from d3rt.tuning.budget import Budget, Drop, Score
-from d3rt.tuning.candidates import DEFAULT_FAMILIES, DROPPED, candidates, check_families
+from d3rt.tuning.budget import Budget, Drop, saved
+from d3rt.tuning.candidates import DEFAULT_FAMILIES, candidates, check_families
+from d3rt.tuning.choice import choose
 from d3rt.tuning.halving import front, halve
 from d3rt.tuning.items import Item, read_items
-from d3rt.tuning.report import draw, markdown
+from d3rt.tuning.orders import Orders
+from d3rt.tuning.pictures import draw
+from d3rt.tuning.report import markdown
 from d3rt.tuning.scorer import FULL, Scorer, seconds_per_token
 from d3rt.tuning.split import Split
 
+JOURNAL = "scores.jsonl"
 QUICK_TEXT = Path(evaluation.__file__).parent / "data" / "wikitext2.txt"
 
 
@@ -37,8 +43,9 @@ class Settings:
     prompt_tokens: int = 64
     new_tokens: int = 96
     seed: int = 0
-    finalists: int = 3  # of each family, that validation sees
+    finalists: int = 3  # of each family, that validation sees: the best for the budget, for half of it, ...
     rounds: int = 3  # of the timing; 0 times nothing
+    restart: bool = False  # throws away what is in `out`
     progress: bool = True
 
     def __post_init__(self) -> None:
@@ -57,22 +64,24 @@ class Settings:
 def tune(runtime: Runtime, model: Any, settings: Settings) -> dict[str, Any]:
     """The figures of tune.json, with the files written to settings.out.
 
-    model: what the runtime was compiled from; shortgpt reads its layers on the train items. Where no candidate is
-    within the budget on validation, the policy is full depth."""
+    model: what the runtime was compiled from; shortgpt reads its layers on the train items. The policy is the one that
+    saves the most bytes of those whose drop is within the budget by its upper bound on validation; where there is none,
+    by its mean, which the report says; where there is none, full depth. An interruption (Ctrl-C) loses what was being
+    scored, no more: the same call continues. SettingsChangedError when `settings.out` holds other settings."""
     if runtime.tokenizer is None:
         raise ValueError(
             "the model has no tokenizer, and every item is text: compile(..., tokenizer=tokenizer)."
         )
     items = read_items(
         runtime, settings.task, settings.budget.metric, settings.prompt_tokens, settings.new_tokens
-    )
-    split = Split.of(items[: settings.limit], settings.seed)
+    )[: settings.limit]
+    split = Split.of(items, settings.seed)
     before = runtime.policy
     try:
-        figures = _tune(runtime, model, settings, split)
+        with Journal(settings.out / JOURNAL, _kept(runtime, settings, items), settings.restart) as journal:
+            figures = _tune(runtime, model, settings, split, journal)
     finally:
         runtime.policy = before
-    settings.out.mkdir(parents=True, exist_ok=True)
     Policy.from_dict(figures["policy"]).save(settings.out / "policy.json")
     (settings.out / "tune.json").write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
     (settings.out / "tune.md").write_text(markdown(figures), encoding="utf-8")
@@ -80,82 +89,78 @@ def tune(runtime: Runtime, model: Any, settings: Settings) -> dict[str, Any]:
     return figures
 
 
-def _tune(runtime: Runtime, model: Any, settings: Settings, split: Split[Item]) -> dict[str, Any]:
-    scorer = Scorer(runtime, settings.budget.metric, settings.new_tokens)
-    layers = runtime.config.num_hidden_layers
+def _kept(runtime: Runtime, settings: Settings, items: Sequence[Item]) -> dict[str, Any]:
+    """Everything that decides a score, and everything that decides the choice: with another budget or other policies
+    the test items of a finished run would be read for a second choice."""
+    return conditions(runtime) | {
+        "rows": min(ROWS, runtime.batch_size),
+        "task": settings.task.name,
+        "items": f"{len(items)}, {digest([item.key for item in items])}",
+        "limit": settings.limit,
+        "prompt_tokens": settings.prompt_tokens,
+        "new_tokens": settings.new_tokens,
+        "seed": settings.seed,
+        "metric": settings.budget.metric,
+        "max_drop": settings.budget.max_drop,
+        "policies": list(settings.families),
+        "finalists": settings.finalists,
+        "rounds": settings.rounds,
+    }
 
-    @cache
-    def influence() -> Sequence[float]:
-        texts = [item.text for item in split.train]
-        return block_influence(model, texts, tokenizer=runtime.tokenizer, progress=settings.progress)
 
-    @cache
-    def removed() -> Sequence[int]:
-        texts = [item.text for item in split.train]
-        keep = max(1, layers - max(DROPPED))
-        path = greedy_path(model, texts, keep=keep, tokenizer=runtime.tokenizer, progress=settings.progress)
-        return path.removed
+def _tune(
+    runtime: Runtime, model: Any, settings: Settings, split: Split[Item], journal: Journal
+) -> dict[str, Any]:
+    scorer = Scorer(runtime, settings.budget.metric, settings.new_tokens, journal)
+    layers, budget = runtime.config.num_hidden_layers, settings.budget
+    orders = Orders(model, runtime.tokenizer, [item.text for item in split.train], journal, settings.progress)
 
-    def drop(policy: Policy, part: Sequence[Item]) -> Drop:
-        full: list[Score] = scorer.score(FULL, part)
-        return settings.budget.drop(full, scorer.score(policy, part))
+    def drop(policy: Policy, part: Sequence[Item], among: int = 1) -> Drop:
+        full = scorer.score(FULL, part)
+        found = budget.drop(full, scorer.score(policy, part), among)
+        return replace(found, low=0.0, high=0.0, bound=0.0) if policy == FULL else found  # by definition
 
+    def rank(goal: float, policy: Policy, count: int) -> tuple[float, float]:
+        full, arm = (scorer.score(each, split.train[:count]) for each in (FULL, policy))
+        return max(0.0, budget.lost(full, arm) - goal), -saved(full, arm)
+
+    # What just fits on train is seldom bounded by the budget on validation: half of it, and a quarter, are goals too.
+    goals = [budget.max_drop / 2**at for at in range(settings.finalists)]
+    ranks = [partial(rank, goal) for goal in goals]
     finalists: list[Policy] = []
     tried: dict[str, int] = {}
     with Bar("train", len(settings.families) + 1, settings.progress) as bar:
         for family in settings.families:
             bar.say(family)
-            arms = candidates(family, layers, settings.new_tokens, influence, removed)
+            arms = candidates(
+                family, layers, settings.new_tokens, orders.influence, lambda: orders.removed(layers)
+            )
             tried[family] = len(arms)
-
-            def rank(policy: Policy, count: int) -> tuple[float, float]:
-                found = drop(policy, split.train[:count])
-                return max(0.0, found.drop - settings.budget.max_drop), -found.saved
-
-            finalists += halve(arms, rank, len(split.train), settings.finalists)
+            finalists += halve(arms, ranks, len(split.train), settings.finalists)
             bar.advance()
         bar.say("validation")
-        found = {policy: drop(policy, split.validation) for policy in (FULL, *dict.fromkeys(finalists))}
+        seen = list(dict.fromkeys(finalists))  # none, where no candidate fits so few layers
+        found = {policy: drop(policy, split.validation, max(1, len(seen))) for policy in (FULL, *seen)}
         bar.advance()
 
-    fitting = [policy for policy in found if found[policy].drop <= settings.budget.max_drop]
-    chosen = max(fitting, key=lambda policy: found[policy].saved)
+    choice = choose(found, FULL, budget)
+    chosen = choice.arm
     names = list(found)
     on_front = [names[at] for at in front([(found[each].drop, found[each].saved) for each in names])]
-    times = {}
-    if settings.rounds:
-        timed = dict.fromkeys([FULL, *on_front, chosen])
-        measures = {
-            str(policy): lambda policy=policy: seconds_per_token(
-                runtime, policy, split.validation[0], settings.new_tokens
-            )
-            for policy in timed
-        }
-        spreads = bench.interleave(measures, settings.rounds)
-        times = {name: spreads[str(FULL)].over(spread).as_dict() for name, spread in spreads.items()}
+    times = _times(runtime, settings, [FULL, *on_front, chosen], split.validation[0], journal)
+    timed = [policy for policy in found if str(policy) in times]
+    by_time = front([(found[each].drop, times[str(each)]["median"]) for each in timed])
     counts = {"train": len(split.train), "validation": len(split.validation), "test": split.test.count}
-    final = drop(chosen, split.test.open())  # the one look at the test items
-    time_front = [
-        name
-        for name in times
-        if not any(
-            found[other].drop <= found[policy].drop
-            and times[str(other)]["median"] >= times[name]["median"]
-            and (found[other].drop, -times[str(other)]["median"])
-            != (found[policy].drop, -times[name]["median"])
-            for policy in names
-            if str(policy) == name
-            for other in names
-            if str(other) in times
-        )
-    ]
+    # The one look at the test items. The choice was made from the other two parts alone: a run that is continued after
+    # some of these were scored makes it again, and makes the same.
+    final = drop(chosen, split.test.open())
+    verdict = "this is full depth: nothing is lost" if chosen == FULL else budget.verdict(final)
     return {
         "kind": "d3rt tune",
-        "model": getattr(runtime._hf_config, "name_or_path", "") or "a model in memory",
-        "num_layers": layers,
+        **about(runtime),
         "task": settings.task.name,
-        "metric": settings.budget.metric,
-        "max_drop": settings.budget.max_drop,
+        "metric": budget.metric,
+        "max_drop": budget.max_drop,
         "seed": settings.seed,
         "prompt_tokens": settings.prompt_tokens,
         "new_tokens": settings.new_tokens,
@@ -163,9 +168,26 @@ def _tune(runtime: Runtime, model: Any, settings: Settings, split: Split[Item]) 
         "candidates": tried,
         "policy": chosen.to_dict(),
         "policy_text": str(chosen),
+        "chosen": {"by": choice.by, "words": choice.words},
         "validation": {str(policy): asdict(each) for policy, each in found.items()},
         "front": [str(policy) for policy in on_front],
-        "time_front": time_front,
+        "time_front": [str(timed[at]) for at in by_time],
         "speedup": times,
-        "test": asdict(final) | {"verdict": settings.budget.verdict(final)},
+        "test": asdict(final) | {"verdict": verdict},
     }
+
+
+def _times(
+    runtime: Runtime, settings: Settings, policies: Sequence[Policy], item: Item, journal: Journal
+) -> dict[str, Any]:
+    """By policy, how many times as fast as full depth its decode steps are: a spread over the rounds."""
+    key = ("speedup", item.key, "all")
+    if settings.rounds and key not in journal.results:
+        measures = {
+            str(policy): lambda policy=policy: seconds_per_token(runtime, policy, item, settings.new_tokens)
+            for policy in dict.fromkeys(policies)
+        }
+        spreads = bench.interleave(measures, settings.rounds)
+        full = spreads[str(FULL)]
+        journal.add(*key, {name: full.over(spread).as_dict() for name, spread in spreads.items()})
+    return journal.results.get(key, {})

@@ -10,7 +10,7 @@ import torch
 from typer.testing import CliRunner
 
 import d3rt
-from d3rt.bench import comparison, llama_cpp, parts, tables
+from d3rt.bench import comparison, llama_cpp, parts, pictures, tables
 from d3rt.bench.comparison import Settings, measure
 from d3rt.cli import app
 
@@ -118,7 +118,7 @@ def test_the_tables_show_the_figures(found):
 
 
 def test_the_figures_are_drawn(found, tmp_path):
-    assert tables.plot(found, tmp_path / "x.png").stat().st_size > 10_000
+    assert pictures.draw(found, tmp_path / "x.png").stat().st_size > 10_000
 
 
 class FakeLlamaCpp(types.ModuleType):

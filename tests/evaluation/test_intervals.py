@@ -8,7 +8,7 @@ import math
 import numpy as np
 import pytest
 
-from d3rt.evaluation.intervals import bootstrap, mcnemar, sign_flip, wilson
+from d3rt.evaluation.intervals import bootstrap, mcnemar, sign_flip, upper_bound, wilson
 
 
 def test_wilson_has_published_values():
@@ -57,3 +57,22 @@ def test_bootstrap_covers_the_mean_of_unequal_texts():
     assert covered >= 50  # 57 expected; fewer than 50 has a chance below 1e-3
     assert bootstrap([3.0, 6.0], [1, 2]) == (3.0, 3.0)
     assert bootstrap([1, 0, 1, 1], [1] * 4) == bootstrap([1, 0, 1, 1], [1] * 4)
+
+
+def test_an_upper_bound_of_symmetric_values_is_the_normal_one():
+    values = [-1.0, 1.0] * 20
+    deviation = (40 / 39) ** 0.5
+    assert upper_bound(values, [1] * 40, 0.05) == pytest.approx(1.6449 * deviation / 40**0.5, rel=1e-4)
+    assert upper_bound([2.0, 4.0, 6.0], [1, 2, 3], 0.05) == 2, "equal ratios leave no doubt"
+
+
+def test_an_upper_bound_of_skewed_values_is_passed_about_as_seldom_as_it_says():
+    draw = np.random.default_rng(5)
+    missed = {}
+    for items in (40, 200):
+        samples = draw.exponential(1.0, (2000, items))
+        bounds = [upper_bound(sample, [1] * items, 0.05) for sample in samples]
+        normal = [sample.mean() + 1.645 * sample.std(ddof=1) / items**0.5 for sample in samples]
+        missed[items] = [np.mean([bound < 1 for bound in each]) for each in (bounds, normal)]
+    assert abs(missed[200][0] - 0.05) < 0.01  # two standard errors of 2000 samples
+    assert missed[40][0] < 0.08 < 0.1 < missed[40][1], "without the correction, twice as often as it says"

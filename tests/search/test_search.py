@@ -7,6 +7,7 @@ import copy
 import pytest
 import tiny_models
 import torch
+from byte_models import byte_tokenizer
 from torch.nn import functional as F
 
 import d3rt
@@ -155,13 +156,7 @@ def test_refusals(search, texts, options, words):
 
 
 def test_a_folder_and_texts_are_taken_too(tmp_path):
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())[: tiny_models.VOCAB_SIZE]
-    made = Tokenizer(models.BPE(vocab={letter: at for at, letter in enumerate(alphabet)}, merges=[]))
-    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=made)
+    tokenizer = byte_tokenizer(tiny_models.VOCAB_SIZE)
     tokenizer.save_pretrained(tmp_path)
     model = tiny_models.make("llama")
     model.save_pretrained(tmp_path)

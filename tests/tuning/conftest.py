@@ -1,29 +1,28 @@
-"""The tiny model of the evaluation's tests."""
+"""The tiny model of tune's tests, and what it is tuned for: twenty short prompts, half of the tokens."""
 
 from __future__ import annotations
 
+import json
+
 import pytest
-import tiny_models
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from byte_models import fast, model, tokenizer
 
-import d3rt
+from d3rt.tuning import Budget, Settings
 
-
-@pytest.fixture(scope="session")
-def tokenizer():
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    made = Tokenizer(models.BPE(vocab={letter: at for at, letter in enumerate(alphabet)}, merges=[]))
-    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    made.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=made)
-
-
-@pytest.fixture(scope="session")
-def model():
-    return tiny_models.fresh("llama", vocab_size=256, max_position_embeddings=4096, eos_token_id=None)
+__all__ = ["fast", "model", "settings", "tokenizer"]
 
 
 @pytest.fixture
-def fast(model, tokenizer):
-    return d3rt.compile(model, threads=1, batch_size=4, tokenizer=tokenizer)
+def settings(tmp_path):
+    path = tmp_path / "task.jsonl"
+    lines = [json.dumps({"prompt": f"number {at} is a number"}) for at in range(20)]
+    path.write_text("\n".join(lines), encoding="utf-8")
+    return Settings(
+        path,
+        Budget("agreement", 0.5),
+        ("d3", "unified"),
+        tmp_path / "out",
+        new_tokens=8,
+        rounds=0,
+        progress=False,
+    )

@@ -7,34 +7,20 @@ import json
 import random
 from dataclasses import replace
 
+import exit_oracle
 import oracle
 import pytest
+import tiny_models
 import torch
 
 import d3rt
 from d3rt.evaluation.scoring import BBH_STOPS, cut
 from d3rt.policies import D3, FullDepth, StaticLayers
-from d3rt.tuning import Budget, Settings, transferred, tune
+from d3rt.tuning import Budget, transferred, tune
 from d3rt.tuning.budget import Drop, Score
 from d3rt.tuning.halving import front, halve
 from d3rt.tuning.scorer import Scorer
 from d3rt.tuning.split import Sealed, Split
-
-
-@pytest.fixture
-def settings(tmp_path):
-    path = tmp_path / "task.jsonl"
-    lines = [json.dumps({"prompt": f"number {at} is a number"}) for at in range(20)]
-    path.write_text("\n".join(lines), encoding="utf-8")
-    return Settings(
-        path,
-        Budget("agreement", 0.5),
-        ("d3", "unified"),
-        tmp_path / "out",
-        new_tokens=8,
-        rounds=0,
-        progress=False,
-    )
 
 
 def test_test_items_are_scored_after_everything_else_and_with_two_arms_only(
@@ -78,8 +64,14 @@ def test_halving_keeps_the_best_arm_where_few_items_do_not_mislead():
         seen.append((arm, count))
         return abs(arm - 5)
 
-    assert halve(range(16), rank, items=32, keep=1) == [5]
+    assert halve(range(16), [rank], items=32, keep=1) == [5]
     assert sum(count == 32 for _, count in seen) <= 2 and sum(count == 4 for _, count in seen) == 16
+
+
+def test_halving_keeps_the_best_of_each_rank():
+    ranks = [lambda arm, count, goal=goal: abs(arm - goal) for goal in (12, 6, 3)]
+    assert halve(range(16), ranks, items=32, keep=3) == [12, 6, 3]
+    assert halve(range(16), ranks, items=32, keep=1) == [12]
 
 
 def test_the_front_is_that_of_brute_force():
@@ -171,23 +163,87 @@ def test_a_greedy_search_leaves_out_what_search_greedy_does(fast, model, setting
     assert set(figures["validation"]) <= known
 
 
+def test_shortgpts_sets_are_those_of_the_search_on_the_train_items(fast, model, settings):
+    figures = tune(fast, model, replace(settings, families=("shortgpt",), limit=16, finalists=4))
+    texts = [f"number {at} is a number" for at in range(16)]
+    train = list(Split.of(texts, settings.seed).train)
+    found = {
+        str(d3rt.search.shortgpt(model, train, keep=keep, tokenizer=fast.tokenizer, progress=False))
+        for keep in (5, 4, 3, 2)
+    }
+    assert set(figures["validation"]) == found | {"full"} and len(found) == 4
+
+
+def test_calms_drop_and_depth_are_those_of_the_oracle_on_the_test_items(
+    model, tokenizer, settings, monkeypatch
+):
+    calm = tiny_models.upcast(model, torch.float32)
+    with torch.no_grad():
+        # states that turn less and less, so that steps end at several depths
+        for layer, share in zip(calm.model.layers[2:], (0.6, 0.5, 0.4, 0.3), strict=True):
+            layer.self_attn.o_proj.weight *= share
+            layer.mlp.down_proj.weight *= share
+    fast = d3rt.compile(calm, threads=1, batch_size=4, tokenizer=tokenizer)
+    opened, open_ = [], Sealed.open
+    monkeypatch.setattr(Sealed, "open", lambda self: opened.append(open_(self)) or opened[-1])
+    figures = tune(fast, calm, replace(settings, families=("calm",)))
+    policy, different, depths = d3rt.parse(figures["policy_text"]), 0, []
+    assert policy.name == "calm"
+    for item in opened[0]:
+        head = torch.tensor([item.head])
+        path = calm.generate(head, attention_mask=torch.ones_like(head), max_new_tokens=8, do_sample=False)
+        path = path[0, head.shape[1] :].tolist()
+        run = exit_oracle.generate(calm, [list(item.head)], policy, 8, forced=[path])
+        different += sum(
+            int(logits.argmax()) != token for logits, token in zip(run.logits, path, strict=True)
+        )
+        depths += run.depths
+    assert figures["test"]["drop"] == pytest.approx(different / len(depths)) and different > 0
+    assert figures["test"]["mean_depth"] == pytest.approx(sum(depths) / len(depths))
+    assert len(set(depths)) > 2, "one depth would prove little"
+
+
 def test_tuning_twice_gives_the_same_figures(fast, model, settings):
-    assert tune(fast, model, settings) == tune(fast, model, settings)
+    assert tune(fast, model, settings) == tune(fast, model, replace(settings, restart=True))
 
 
 def test_no_drop_allowed_and_nothing_that_agrees_gives_full_depth(fast, model, settings):
     figures = tune(fast, model, replace(settings, families=("unified",), budget=Budget("agreement", 0.0)))
-    if figures["policy_text"] == "full":
-        assert "No candidate is within" in (settings.out / "tune.md").read_text(encoding="utf-8")
-    else:
-        assert figures["validation"][figures["policy_text"]]["drop"] == 0
+    candidates = {name: each for name, each in figures["validation"].items() if name != "full"}
+    assert candidates and all(each["drop"] > 0 for each in candidates.values()), (
+        "none of these layers does nothing"
+    )
+    assert figures["policy_text"] == "full" and figures["chosen"]["by"] == "none"
+    assert d3rt.parse(str(settings.out / "policy.json"), num_layers=6) == FullDepth()
+    assert (figures["test"]["drop"], figures["test"]["high"]) == (0, 0)
+    text = (settings.out / "tune.md").read_text(encoding="utf-8")
+    assert "No candidate is within the budget on validation." in text
+    assert "This is full depth: nothing is lost." in text
+
+
+def test_no_drop_allowed_and_layers_that_do_nothing_gives_the_policy_of_fewest_bytes(
+    model, tokenizer, settings
+):
+    idle = tiny_models.upcast(model, torch.float32)
+    with torch.no_grad():
+        for layer in idle.model.layers:
+            layer.self_attn.o_proj.weight.zero_()
+            layer.mlp.down_proj.weight.zero_()
+    fast = d3rt.compile(idle, threads=1, batch_size=4, tokenizer=tokenizer)
+    figures = tune(fast, idle, replace(settings, families=("unified",), budget=Budget("agreement", 0.0)))
+    found = figures["validation"]
+    assert {each["drop"] for each in found.values()} == {0.0}
+    assert figures["policy_text"] == max(found, key=lambda name: found[name]["saved"]) != "full"
+    assert figures["chosen"]["by"] == "mean" and figures["test"]["drop"] == 0
 
 
 def test_few_items_or_an_interval_around_the_budget_cannot_tell():
     budget = Budget("agreement", 0.01)
-    assert budget.verdict(Drop(0, 0, 0, 0.1, 5, 4)).startswith("cannot tell")
-    assert budget.verdict(Drop(0.005, 0, 0.02, 0.1, 5, 40)).startswith("cannot tell")
-    assert budget.verdict(Drop(0.005, 0, 0.009, 0.1, 5, 40)) == "within the budget"
+    found = Drop(drop=0.005, low=0, high=0.009, bound=0.008, saved=0.1, mean_depth=5, items=40)
+    assert budget.verdict(found) == "within the budget"
+    assert budget.verdict(replace(found, items=4)).startswith("cannot tell")
+    assert budget.verdict(replace(found, high=0.02)).startswith("cannot tell")
+    assert budget.verdict(replace(found, low=0.011, high=0.02)) == "beyond the budget"
     same = [Score(0, 1, 10, 6, 1)] * 40
     assert (
         Budget("exact_match", 0.01).verdict(Budget("exact_match", 0.01).drop(same, same)).startswith("cannot")
