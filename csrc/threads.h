@@ -30,6 +30,9 @@ class ThreadPool {
 
  private:
   void work(int thread);
+  // What a thread does that has waited for long: others may need its core. Moves away from another of this
+  // pool, if `may_move`, or yields. True if it moved.
+  bool give_way(int thread, bool may_move);
   void end_workers();
 
   const int num_threads_;
@@ -43,6 +46,7 @@ class ThreadPool {
   // from core to core where a common counter would travel twice, and then a word that all have arrived.
   struct alignas(64) Arrivals {
     std::atomic<uint32_t> count{0};
+    std::atomic<int> core{-1};  // where it was when its job began, or where it has moved since
   };
   const std::unique_ptr<Arrivals[]> arrivals_;
   alignas(64) std::atomic<uint32_t> arrived_{0};  // by all threads together, where they are many

@@ -228,16 +228,19 @@ class Engine:
         rows.replays.update(ran[1:])
         layers = self.config.num_hidden_layers
         head = nbytes([self.decoder.weights.lm_head, self.decoder.weights.norm])
-        bytes_of = {plan: rows.weight_bytes(plan) for plan in set(ran[1:])}
-        text = {plan: str(plan.layer_set) for plan in set(ran)}
+        told = {}  # of each plan once: there may be thousands of steps
+        for plan in set(ran):
+            layer_set = plan.layer_set
+            told[plan] = layer_set.depth, str(layer_set), rows.weight_bytes(plan)
+        depths, texts, weight_bytes = zip(*(told[plan] for plan in ran), strict=True)
         lengths = [len(prompt) for prompt in request.prompts]
         self.last_run = GenerationStats(
             num_layers=layers,
             batch=request.batch,
             prompt_tokens=tuple(lengths),
-            depths=tuple(plan.layer_set.depth for plan in ran),
-            layers=tuple(text[plan] for plan in ran),
-            weight_bytes=(head, *(bytes_of[plan] for plan in ran[1:])),
+            depths=depths,
+            layers=texts,
+            weight_bytes=(head, *weight_bytes[1:]),
             full_weight_bytes=self.decoder.step_bytes(Plan.of(LayerSet.full(layers))),
             kv_bytes=(0, *self.kv_bytes(ran[1:], lengths, rows.loop.pos.tolist())),
             prefill_seconds=prefill_seconds,

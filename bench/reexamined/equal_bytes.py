@@ -170,7 +170,7 @@ def draw(found: Mapping[str, Any], path: Path) -> Path:
         colours = [COLOURS[1] if ": D3" in arm else COLOURS[0] for arm in arms]
         spread = [[each["mean"] - each["low"] for each in kl], [each["high"] - each["mean"] for each in kl]]
         axis.barh(names, [each["mean"] for each in kl], xerr=spread, color=colours, capsize=2, height=0.65)
-        axis.set_title(f"{share:.0%} of the layers on average (share of bytes read)", size=9, loc="left")
+        axis.set_title(f"{share:.0%} of the layers on average (bytes)", size=9, loc="left")
         axis.set_xlabel("KL from full depth, nats a token", size=9)
         axis.tick_params(labelsize=8)
         axis.spines[["top", "right"]].set_visible(False)

@@ -180,7 +180,10 @@ def draw(found: Mapping[str, Any], path: Path) -> Path:
         axis.tick_params(labelsize=8)
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(color=GRID, linewidth=0.6)
-        axis.set_ylim(bottom=0)
+        axis.set_yscale(
+            "symlog", linthresh=0.1, linscale=0.4
+        )  # alpha .9 lies a hundred times above the others
+        axis.set_yticks([0, 0.1, 1, 10], ["0", "0.1", "1", "10"])
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), fontsize=8, frameon=False)
     figure.savefig(path)

@@ -1,0 +1,82 @@
+// Cores: a thread leaves those that others have, and may run where it could before.
+#include <thread>
+#include <vector>
+
+#include "../../csrc/cores.h"
+#include "../../csrc/threads.h"
+#include "check.h"
+
+#if defined(__linux__)
+#include <sched.h>
+
+namespace d3rt {
+namespace {
+
+std::vector<int> allowed_cores() {
+  cpu_set_t allowed;
+  sched_getaffinity(0, sizeof allowed, &allowed);
+  std::vector<int> cores;
+  for (int core = 0; core < CPU_SETSIZE; ++core)
+    if (CPU_ISSET(static_cast<size_t>(core), &allowed)) cores.push_back(core);
+  return cores;
+}
+
+void stay_on(const std::vector<int>& cores) {
+  cpu_set_t set;
+  CPU_ZERO(&set);
+  for (const int core : cores) CPU_SET(static_cast<size_t>(core), &set);
+  sched_setaffinity(0, sizeof set, &set);
+}
+
+TEST(cores, "a thread leaves its core for one that nobody has, and may come back") {
+  const auto before = allowed_cores();
+  std::thread([&] {
+    for (const int core : before) {
+      stay_on({core});
+      CHECK_EQ(current_core(), core);
+      stay_on(before);
+      const int here = current_core();
+      const bool left = leave_cores(&here, 1);
+      CHECK_EQ(left, before.size() > 1);
+      CHECK(allowed_cores() == before);
+    }
+  }).join();
+}
+
+TEST(cores, "a thread stays where every core is taken") {
+  const auto before = allowed_cores();
+  CHECK(!leave_cores(before.data(), static_cast<int>(before.size())));
+  CHECK(allowed_cores() == before);
+}
+
+TEST(cores, "threads of a pool that share a core come to every barrier, and may run where they could") {
+  const auto before = allowed_cores();
+  struct Job {
+    const std::vector<int>& all;
+    ThreadPool& pool;
+    int rounds[3] = {0, 0, 0};
+  };
+  std::thread([&] {
+    ThreadPool pool(3);
+    Job job{before, pool};
+    for (int i = 0; i < 20; ++i) {
+      pool.run([](void* context, int, int) { stay_on({static_cast<Job*>(context)->all.front()}); }, &job);
+      pool.run(
+          [](void* context, int thread, int) {
+            Job& of = *static_cast<Job*>(context);
+            stay_on(of.all);
+            for (int barrier = 0; barrier < 50; ++barrier) {
+              of.pool.barrier(thread);
+              ++of.rounds[thread];
+            }
+            CHECK(allowed_cores() == of.all);
+          },
+          &job);
+    }
+    for (const int rounds : job.rounds) CHECK_EQ(rounds, 1000);
+  }).join();
+}
+
+}  // namespace
+}  // namespace d3rt
+#endif
