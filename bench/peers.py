@@ -32,7 +32,7 @@ MODELS = ("smollm2", "1b")
 OURS, SAME_FILE = "d3rt", "d3rt gguf"
 # engine -> width -> its own name for what it runs there
 ENGINES = {
-    "d3rt": {"fp32": "float32", "16bit": "bfloat16", "8bit": "int8", "4bit": "int4"},
+    OURS: {"fp32": "float32", "16bit": "bfloat16", "8bit": "int8", "4bit": "int4"},
     "transformers": {"fp32": "float32", "16bit": "bfloat16"},
     "llama.cpp": {"fp32": "F32", "16bit": "BF16", "8bit": "Q8_0", "4bit": "Q4_0"},
     "llama.cpp f16": {"16bit": "F16"},
@@ -43,7 +43,7 @@ ENGINES = {
     "onnxruntime-genai": {"fp32": "fp32", "4bit": "int4"},
 }
 NEEDS = {
-    "d3rt": "d3rt",
+    OURS: "d3rt",
     "transformers": "transformers",
     "llama.cpp": "llama_cpp",
     "llama.cpp f16": "llama_cpp",
@@ -239,7 +239,7 @@ def load_onnx(hf: Path, kind: str, threads: int, context: int) -> tuple[Run, dic
 
 
 LOADERS = {
-    "d3rt": load_d3rt,
+    OURS: load_d3rt,
     "transformers": load_transformers,
     "llama.cpp": load_llama_cpp,
     "llama.cpp f16": load_llama_cpp,
@@ -306,7 +306,7 @@ class Worker:
 
 
 def installed(engine: str, peer_python: str | None) -> bool:
-    if engine == "d3rt" or not peer_python:
+    if engine == OURS or not peer_python:
         return importlib.util.find_spec(NEEDS[engine]) is not None
     check = f"import importlib.util, sys; sys.exit(importlib.util.find_spec({NEEDS[engine]!r}) is None)"
     return subprocess.run([peer_python, "-c", check]).returncode == 0

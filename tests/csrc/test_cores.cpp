@@ -1,4 +1,5 @@
 // Cores: a thread leaves those that others have, and may run where it could before.
+#include <chrono>
 #include <thread>
 #include <vector>
 
@@ -11,6 +12,8 @@
 
 namespace d3rt {
 namespace {
+
+using Clock = std::chrono::steady_clock;
 
 std::vector<int> allowed_cores() {
   cpu_set_t allowed;
@@ -74,6 +77,35 @@ TEST(cores, "threads of a pool that share a core come to every barrier, and may 
           &job);
     }
     for (const int rounds : job.rounds) CHECK_EQ(rounds, 1000);
+  }).join();
+}
+
+TEST(cores, "a thread that waits for another of its pool on its own core leaves it") {
+  const auto before = allowed_cores();
+  if (before.size() < 2) return;
+  struct Job {
+    const std::vector<int>& all;
+    ThreadPool& pool;
+    int parted = 0;
+  };
+  std::thread([&] {
+    ThreadPool pool(2);
+    Job job{before, pool};
+    for (int i = 0; i < 20; ++i) {
+      pool.run([](void* context, int, int) { stay_on({static_cast<Job*>(context)->all.front()}); }, &job);
+      pool.run(
+          [](void* context, int thread, int) {
+            Job& of = *static_cast<Job*>(context);
+            if (thread == 0) stay_on(of.all);
+            if (thread == 1)  // too short a while for the system's own load balancing
+              for (const auto end = Clock::now() + std::chrono::microseconds(300); Clock::now() < end;)
+                continue;
+            of.pool.barrier(thread);
+            if (thread == 0) of.parted += current_core() != of.all.front();
+          },
+          &job);
+    }
+    CHECK(job.parted >= 15);
   }).join();
 }
 
