@@ -376,7 +376,7 @@ _ANY = torch.float32  # replaced by _both
 
 def _test_cases() -> dict[str, list[Case]]:
     """Awkward on purpose: sizes that no SIMD width or tile divides, single rows, odd counts, strided rows, both ends of
-    the cache, chunks of 64 positions (csrc's attention) just full and just over."""
+    the cache, chunks of 128 positions (csrc's attention) just full and just over."""
 
     def embed(name: str, **sizes: Any) -> Case:
         return Case("embed", name, _ANY, **sizes)
@@ -451,12 +451,14 @@ def _test_cases() -> dict[str, list[Case]]:
             [
                 attention("smallest", H=1, G=1, d=2, S=1),
                 attention("first_position", H=3, G=1, d=64, S=50, pos=(0,)),
-                attention("chunk_full", H=4, G=2, d=16, S=64),
-                attention("chunk_over", H=4, G=2, d=16, S=65),
+                attention("chunk_full", H=4, G=2, d=16, S=128),
+                attention("chunk_over", H=4, G=2, d=16, S=129),
                 attention("gqa3", H=9, G=3, d=64, S=200, B=3),
                 attention("gqa9", H=9, G=1, d=6, S=130, B=2),
                 attention("gqa16", H=32, G=2, d=80, S=700, B=2, pos=(0, 699)),
                 attention("head_dim128", H=2, G=2, d=128, S=300, pos=(257,)),
+                attention("head_dim96", H=15, G=3, d=96, S=130, B=2),
+                attention("head_dim32", H=11, G=1, d=32, S=259, B=2, pos=(258, 6)),
                 attention("head_dim6", H=5, G=5, d=6, S=33, B=16),
                 attention("head_dim512", H=2, G=1, d=512, S=70),
                 attention("window1", H=3, G=3, d=10, S=140, B=3, window=1),

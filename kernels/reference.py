@@ -123,7 +123,10 @@ def attention(
     lines: Tensor | None = None,
 ) -> None:
     """out [B, H, d] = softmax(scale q K^T) V over positions max(0, pos + 1 - window) .. pos of each slot; window 0 is
-    no window. Query head h reads key-value head h // (H / G)."""
+    no window. Query head h reads key-value head h // (H / G).
+
+    Kernels that multiply 16-bit numbers as they are (tensor cores; AVX-512 BF16) may round q and the softmax's weights
+    to the cache's dtype, as FlashAttention does."""
     group = q.shape[1] // k_cache.shape[1]
     for slot, (line, last) in enumerate(zip(_lines_of(len(q), lines).tolist(), pos.tolist(), strict=True)):
         first = max(0, last + 1 - window) if window else 0

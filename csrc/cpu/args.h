@@ -191,7 +191,7 @@ struct UnpackArgs {
 
 // Positions that one unit of split-KV attention covers. Fixed, so that results do not depend on the thread
 // count.
-constexpr int kAttentionChunk = 64;
+constexpr int kAttentionChunk = 128;
 
 // Every kernel is called once per phase on every thread; all threads finish a phase before any starts the
 // next. Those that stream weights also know the phase kWarm, called before the barrier in front of them: it
@@ -240,6 +240,7 @@ extern const Kernels kernels_empty;  // not an ISA: empty.cpp
 #if defined(__x86_64__)
 extern const Kernels kernels_avx2;
 extern const Kernels kernels_avx512;
+extern const Kernels kernels_avx512_bf16;
 #elif defined(__aarch64__)
 extern const Kernels kernels_neon;
 extern const Kernels kernels_neon_dotprod;

@@ -4,6 +4,8 @@
 // the chunks in order. Scratch: [B, H, chunks, d + 2] with chunks = ceil(S / kAttentionChunk).
 #pragma once
 
+#include <type_traits>
+
 #include "kv_line.h"
 
 namespace d3rt::cpu::D3RT_ISA {
@@ -12,7 +14,7 @@ constexpr int kQueryGroup = 8;  // query heads that share one pass over a chunk'
 
 // Query heads whose products with K and V are summed side by side, so that each key and value is loaded and
 // widened once for all of them: as many as the registers hold.
-#if defined(D3RT_ISA_avx512) || defined(D3RT_NEON)
+#if defined(D3RT_AVX512) || defined(D3RT_NEON)
 constexpr int kQueryTile = 4;
 #else
 constexpr int kQueryTile = 2;
@@ -56,6 +58,51 @@ D3RT_INLINE void products_of_four(const C* k, int64_t pos_stride, const float* q
   for (int h = 0; h < NQ; ++h) sum4(acc[h][0], acc[h][1], acc[h][2], acc[h][3], scores + h * kAttentionChunk);
 }
 
+// What the queries of a group and their probabilities are multiplied as with a cache of C, if in_pairs(d).
+// bf16: both are rounded to it, as flash attention does on GPUs and torch's in the prefill; sums stay in
+// float32.
+template <class C>
+struct MultipliedAs {
+  using type = float;
+};
+#if defined(D3RT_BF16_PRODUCTS)
+template <>
+struct MultipliedAs<bf16> {
+  using type = bf16;
+};
+
+template <int NQ, bool kPairs>
+D3RT_INLINE void products_of_four(const bf16* k, int64_t pos_stride, const bf16* q, int d, float* scores) {
+  Vec acc[NQ][4];
+  for (int h = 0; h < NQ; ++h)
+    for (int t = 0; t < 4; ++t) acc[h][t] = set1(0);
+  for (int i = 0; i < d; i += Halves::kCount) {
+    Halves query[NQ];
+    for (int h = 0; h < NQ; ++h) query[h] = load_halves(q + h * d + i);
+    for (int t = 0; t < 4; ++t) {
+      const Halves key = load_halves(k + t * pos_stride + i);
+      for (int h = 0; h < NQ; ++h) acc[h][t] = add_products(acc[h][t], key, query[h]);
+    }
+  }
+  for (int h = 0; h < NQ; ++h) sum4(acc[h][0], acc[h][1], acc[h][2], acc[h][3], scores + h * kAttentionChunk);
+}
+#endif
+
+// One query and one position. ready: see products.
+template <class C>
+D3RT_INLINE float product(const C* k, const float* q, const float*, int d) {
+  return dot(k, q, d);
+}
+#if defined(D3RT_BF16_PRODUCTS)
+D3RT_INLINE float product(const bf16* k, const float* q, const bf16* ready, int d) {
+  if (!ready) return dot(k, q, d);
+  Vec acc = set1(0);
+  for (int i = 0; i < d; i += Halves::kCount)
+    acc = add_products(acc, load_halves(k + i), load_halves(ready + i));
+  return sum(acc);
+}
+#endif
+
 // What a pass over a chunk's positions prefetches on its way: for each of them, as much of what is read next.
 // Evenly, because memory that is asked for in bursts stands still in between.
 struct Ahead {
@@ -68,16 +115,16 @@ D3RT_INLINE void prefetch_positions(const Ahead& ahead, int first, int count) {
   prefetch_lines(static_cast<const char*>(ahead.p) + first * ahead.bytes, count * ahead.bytes);
 }
 
-// The same for all of a chunk's positions; the last ones, if they are not four, by `dot`. paired: q in the
-// order of pairs, or null.
-template <int NQ, class C>
-D3RT_INLINE void products(const C* k, int64_t pos_stride, const float* q, const float* paired, int d,
+// The same for all of a chunk's positions; the last ones, if they are not four, one by one. ready: q as
+// make_ready leaves it, or null.
+template <int NQ, class C, class M>
+D3RT_INLINE void products(const C* k, int64_t pos_stride, const float* q, const M* ready, int d,
                           int positions, const Ahead& ahead, float (*scores)[kAttentionChunk]) {
   int t = 0;
-  if (paired)
+  if (ready)
     for (; t + 4 <= positions; t += 4) {
       prefetch_positions(ahead, t, 4);
-      products_of_four<NQ, true>(k + t * pos_stride, pos_stride, paired, d, scores[0] + t);
+      products_of_four<NQ, true>(k + t * pos_stride, pos_stride, ready, d, scores[0] + t);
     }
   else
     for (; t + 4 <= positions; t += 4) {
@@ -86,7 +133,8 @@ D3RT_INLINE void products(const C* k, int64_t pos_stride, const float* q, const 
     }
   prefetch_positions(ahead, t, positions - t);
   for (; t < positions; ++t)
-    for (int h = 0; h < NQ; ++h) scores[h][t] = dot(k + t * pos_stride, q + h * d, d);
+    for (int h = 0; h < NQ; ++h)
+      scores[h][t] = product(k + t * pos_stride, q + h * d, ready ? ready + h * d : nullptr, d);
 }
 
 // scores[h][t] *= scale, and the scale of line t of an int8 cache.
@@ -164,25 +212,54 @@ D3RT_INLINE void weigh_pairs(const C* v, int64_t pos_stride, int positions, cons
   }
   for (int h = 0; h < NQ; ++h)
     for (int c = 0; c < NP; ++c) {
-      alignas(64) float columns[2 * kN];
-      store(columns, acc[h][c].first);
-      store(columns + kN, acc[h][c].second);
-      float* at = out + h * out_stride + first + 2 * c * kN;
-      for (int i = 0; i < 2 * kN; ++i) at[i] = columns[paired(v, i)];
+      store_pair(out + h * out_stride + first + 2 * c * kN, acc[h][c], v);
     }
 }
 
-template <int NQ, class C>
-D3RT_INLINE void weigh_values(const C* v, int64_t pos_stride, int positions, Ahead ahead,
-                              float (*weights)[kAttentionChunk], int d, float* out, int64_t out_stride) {
-  constexpr int kN = Vec::kLanes;
-  if (in_pairs(d)) {
-    int i = 0;
-    for (; i + 4 * kN <= d; i += 4 * kN, ahead.positions = 0)
-      weigh_pairs<NQ, 2>(v, pos_stride, positions, ahead, weights, i, out, out_stride);
-    if (i < d) weigh_pairs<NQ, 1>(v, pos_stride, positions, ahead, weights, i, out, out_stride);
-    return;
+#if defined(D3RT_BF16_PRODUCTS)
+// Two positions at a time, of which the second is zeros after the last of an odd number; so is its weight.
+template <int NQ, int NP>
+D3RT_INLINE void weigh_pairs(const bf16* v, int64_t pos_stride, int positions, const Ahead& ahead,
+                             bf16 (*weights)[kAttentionChunk], int first, float* out, int64_t out_stride) {
+  alignas(64) static constexpr bf16 kZeros[NP * Halves::kCount] = {};
+  Pair acc[NQ][NP];
+  for (int h = 0; h < NQ; ++h)
+    for (int c = 0; c < NP; ++c) acc[h][c] = {set1(0), set1(0)};
+  for (int t = 0; t < positions; t += 2) {
+    const bf16* row = v + t * pos_stride + first;
+    const bf16* second = t + 1 < positions ? row + pos_stride : kZeros;
+    prefetch_positions(ahead, t, 2);
+    Halves weight[NQ];
+    for (int h = 0; h < NQ; ++h) weight[h] = repeat_two(&weights[h][t]);
+    for (int c = 0; c < NP; ++c) {
+      Halves some, others;
+      zip(load_halves(row + c * Halves::kCount), load_halves(second + c * Halves::kCount), &some, &others);
+      for (int h = 0; h < NQ; ++h) {
+        acc[h][c].first = add_products(acc[h][c].first, some, weight[h]);
+        acc[h][c].second = add_products(acc[h][c].second, others, weight[h]);
+      }
+    }
   }
+  for (int h = 0; h < NQ; ++h)
+    for (int c = 0; c < NP; ++c)
+      store_zipped(out + h * out_stride + first + c * Halves::kCount, acc[h][c].first, acc[h][c].second);
+}
+#endif
+
+// All d columns of out, in pairs if in_pairs(d): weights are then of MultipliedAs<C>.
+template <int NQ, class C, class M>
+D3RT_INLINE void weigh_in_pairs(const C* v, int64_t pos_stride, int positions, Ahead ahead,
+                                M (*weights)[kAttentionChunk], int d, float* out, int64_t out_stride) {
+  constexpr int kN = Vec::kLanes;
+  int i = 0;
+  for (; i + 4 * kN <= d; i += 4 * kN, ahead.positions = 0)
+    weigh_pairs<NQ, 2>(v, pos_stride, positions, ahead, weights, i, out, out_stride);
+  if (i < d) weigh_pairs<NQ, 1>(v, pos_stride, positions, ahead, weights, i, out, out_stride);
+}
+template <int NQ, class C>
+D3RT_INLINE void weigh_in_columns(const C* v, int64_t pos_stride, int positions, Ahead ahead,
+                                  float (*weights)[kAttentionChunk], int d, float* out, int64_t out_stride) {
+  constexpr int kN = Vec::kLanes;
   for (int i = 0; i < d; i += 2 * kN, ahead.positions = 0) {
     const int columns = d - i < 2 * kN ? d - i : 2 * kN;
     if (columns > kN)
@@ -200,23 +277,52 @@ D3RT_INLINE float largest(const float* values, int n) {
   if (n >= kN) {
     Vec most = load(values);
     for (i = kN; i + kN <= n; i += kN) most = max(most, load(values + i));
-    alignas(64) float lanes[kN];
-    store(lanes, most);
-    for (int lane = 0; lane < kN; ++lane) found = lanes[lane] > found ? lanes[lane] : found;
+    found = largest(most);
   }
   for (; i < n; ++i) found = values[i] > found ? values[i] : found;
   return found;
 }
 
-// Queries [count, d] in the order of pairs of a cache of C.
+// Queries [count, d] as they are multiplied with a cache of C, if in_pairs(d): in the order of its pairs, or
+// rounded.
 template <class C>
-D3RT_INLINE void put_in_pairs(const float* q, int count, int d, float* out) {
+D3RT_INLINE void make_ready(const float* q, int count, int d, const C*, float* out) {
   constexpr int kN = Vec::kLanes;
   for (int64_t i = 0; i < static_cast<int64_t>(count) * d; i += 2 * kN) {
     const Pair pair = pair_of(q + i, static_cast<const C*>(nullptr));
     store(out + i, pair.first);
     store(out + i + kN, pair.second);
   }
+}
+#if defined(D3RT_BF16_PRODUCTS)
+D3RT_INLINE void round_all(const float* values, int64_t n, bf16* out) {
+  for (int64_t i = 0; i < n; i += Vec::kLanes) store(out + i, load(values + i));
+}
+D3RT_INLINE void make_ready(const float* q, int count, int d, const bf16*, bf16* out) {
+  round_all(q, static_cast<int64_t>(count) * d, out);
+}
+#endif
+
+template <int kCount>
+struct QueryTile {
+  static constexpr int kQueries = kCount;
+};
+// Calls work(QueryTile<n>, h) for as many tiles of n queries from h on as `queries` need.
+template <class Work>
+D3RT_INLINE void for_query_tiles(int queries, const Work& work) {
+  for (int h = 0; h < queries; h += kQueryTile) switch (queries - h) {
+      case 1:
+        work(QueryTile<1>{}, h);
+        break;
+      case 2:
+        work(QueryTile<2>{}, h);
+        break;
+      case 3:
+        work(QueryTile<(kQueryTile > 3 ? 3 : 2)>{}, h);
+        break;
+      default:
+        work(QueryTile<kQueryTile>{}, h);
+    }
 }
 
 // Some positions of one head: where they begin in the cache, in elements, and how many.
@@ -225,12 +331,13 @@ struct Span {
   int positions;
 };
 
-// paired_q: q in the order of pairs, used if in_pairs(d). partial: d values, then maximum, then sum; one per
+// ready: q as make_ready leaves it, used if in_pairs(d). partial: d values, then maximum, then sum; one per
 // query head of the group. next: what is read after this.
 template <class C>
-D3RT_INLINE void attend_chunk(const AttentionArgs& a, Span span, Span next, const float* q,
-                              const float* paired_q, int queries, float* partial, int64_t partial_stride) {
+D3RT_INLINE void attend_chunk(const AttentionArgs& a, Span span, Span next, const float* q, const void* ready,
+                              int queries, float* partial, int64_t partial_stride) {
   constexpr int kN = Vec::kLanes;
+  using M = typename MultipliedAs<C>::type;
   const C* k = static_cast<const C*>(a.cache.k) + span.at;
   const C* v = static_cast<const C*>(a.cache.v) + span.at;
   const int positions = span.positions;
@@ -240,24 +347,11 @@ D3RT_INLINE void attend_chunk(const AttentionArgs& a, Span span, Span next, cons
   // V's lines come while K is multiplied, those of the next K while V is weighed.
   const int64_t bytes = pos_stride * static_cast<int64_t>(sizeof(C));
   Ahead ahead = {v, bytes, positions};
-  for (int h = 0; h < queries; h += kQueryTile) {
-    const float* some = q + h * d;
-    const float* pairs = in_pairs(d) ? paired_q + h * d : nullptr;
-    switch (queries - h) {
-      case 1:
-        products<1>(k, pos_stride, some, pairs, d, positions, ahead, scores + h);
-        break;
-      case 2:
-        products<2>(k, pos_stride, some, pairs, d, positions, ahead, scores + h);
-        break;
-      case 3:
-        products<(kQueryTile > 3 ? 3 : 2)>(k, pos_stride, some, pairs, d, positions, ahead, scores + h);
-        break;
-      default:
-        products<kQueryTile>(k, pos_stride, some, pairs, d, positions, ahead, scores + h);
-    }
+  for_query_tiles(queries, [&](auto tile, int h) {
+    const M* some = in_pairs(d) ? static_cast<const M*>(ready) + h * d : nullptr;
+    products<tile.kQueries>(k, pos_stride, q + h * d, some, d, positions, ahead, scores + h);
     ahead.positions = 0;
-  }
+  });
   multiply_scales(k, pos_stride, positions, d, queries, a.scale, scores);
 
   for (int h = 0; h < queries; ++h) {
@@ -280,25 +374,34 @@ D3RT_INLINE void attend_chunk(const AttentionArgs& a, Span span, Span next, cons
     out[d + 1] = sum_of_weights;
   }
   if (sizeof(C) == 1) multiply_scales(v, pos_stride, positions, d, queries, 1.0f, scores);
+
   ahead = {static_cast<const C*>(a.cache.k) + next.at, bytes, next.positions};
-  for (int h = 0; h < queries; h += kQueryTile) {
-    float* out = partial + h * partial_stride;
-    switch (queries - h) {
-      case 1:
-        weigh_values<1>(v, pos_stride, positions, ahead, scores + h, d, out, partial_stride);
-        break;
-      case 2:
-        weigh_values<2>(v, pos_stride, positions, ahead, scores + h, d, out, partial_stride);
-        break;
-      case 3:
-        weigh_values<(kQueryTile > 3 ? 3 : 2)>(v, pos_stride, positions, ahead, scores + h, d, out,
-                                               partial_stride);
-        break;
-      default:
-        weigh_values<kQueryTile>(v, pos_stride, positions, ahead, scores + h, d, out, partial_stride);
-    }
-    ahead.positions = 0;
+  const auto weigh = [&](auto weights) {
+    for_query_tiles(queries, [&](auto tile, int h) {
+      float* out = partial + h * partial_stride;
+      weigh_in_pairs<tile.kQueries>(v, pos_stride, positions, ahead, weights + h, d, out, partial_stride);
+      ahead.positions = 0;
+    });
+  };
+  if (!in_pairs(d)) {
+    for_query_tiles(queries, [&](auto tile, int h) {
+      float* out = partial + h * partial_stride;
+      weigh_in_columns<tile.kQueries>(v, pos_stride, positions, ahead, scores + h, d, out, partial_stride);
+      ahead.positions = 0;
+    });
+    return;
   }
+#if defined(D3RT_BF16_PRODUCTS)
+  if constexpr (sizeof(M) == sizeof(bf16)) {
+    alignas(64) bf16 weights[kQueryGroup][kAttentionChunk];
+    for (int h = 0; h < queries; ++h) {
+      for (int t = positions; t % kN; ++t) scores[h][t] = 0;
+      round_all(scores[h], positions, weights[h]);
+    }
+    return weigh(weights);
+  }
+#endif
+  weigh(scores);
 }
 
 // out += weight * values
@@ -333,8 +436,8 @@ static void attention(const AttentionArgs& a, float* scratch, int phase, const W
     for (int slot = 0; slot < a.B; ++slot) units += (last_chunk(slot) - first_chunk(slot) + 1) * a.G;
     const Range mine = share(units, me);
     int64_t unit = 0;
-    alignas(64) float paired_q[kQueryGroup * kMostPaired];
-    const float* in_paired_q = nullptr;  // whose pairs those are: chunk after chunk has the same queries
+    alignas(64) float ready[kQueryGroup * kMostPaired];
+    const float* made_ready = nullptr;  // which those are: chunk after chunk has the same queries
     for (int slot = 0; slot < a.B; ++slot) {
       for (int head = 0; head < a.G; ++head) {
         for (int chunk = first_chunk(slot); chunk <= last_chunk(slot); ++chunk, ++unit) {
@@ -351,25 +454,26 @@ static void attention(const AttentionArgs& a, float* scratch, int phase, const W
             const int64_t query = static_cast<int64_t>(slot) * a.H + head * group + h;
             float* partial = scratch + (query * chunks + chunk) * width;
             const float* q = a.q + query * a.d;
-            if (in_pairs(a.d) && in_paired_q != q) {
-              if (a.cache.store == Store::bf16)
-                put_in_pairs<bf16>(q, queries, a.d, paired_q);
-              else
-                put_in_pairs<float>(q, queries, a.d, paired_q);
-              in_paired_q = q;
-            }
+            const auto attend = [&](auto of) {  // a null pointer to what the cache is made of
+              using C = std::remove_const_t<std::remove_pointer_t<decltype(of)>>;
+              if (in_pairs(a.d) && made_ready != q) {
+                make_ready(q, queries, a.d, of, reinterpret_cast<typename MultipliedAs<C>::type*>(ready));
+                made_ready = q;
+              }
+              attend_chunk<C>(a, span, next, q, ready, queries, partial, chunks * width);
+            };
             switch (a.cache.store) {
               case Store::f32:
-                attend_chunk<float>(a, span, next, q, paired_q, queries, partial, chunks * width);
+                attend(static_cast<const float*>(nullptr));
                 break;
               case Store::bf16:
-                attend_chunk<bf16>(a, span, next, q, paired_q, queries, partial, chunks * width);
+                attend(static_cast<const bf16*>(nullptr));
                 break;
               case Store::int8:
-                attend_chunk<int8_t>(a, span, next, q, paired_q, queries, partial, chunks * width);
+                attend(static_cast<const int8_t*>(nullptr));
                 break;
               default:
-                attend_chunk<f16>(a, span, next, q, paired_q, queries, partial, chunks * width);
+                attend(static_cast<const f16*>(nullptr));
             }
           }
         }

@@ -10,7 +10,7 @@ namespace d3rt::cpu::D3RT_ISA {
 constexpr int kBatchTile = 4;
 // Rows that are multiplied with a tile of slots at once: every weight serves kBatchTile slots from a
 // register, every activation this many rows. As many sums as the registers hold.
-#if defined(D3RT_ISA_avx512) || defined(D3RT_NEON)
+#if defined(D3RT_AVX512) || defined(D3RT_NEON)
 constexpr int kRowTile = 4;
 #else
 constexpr int kRowTile = 2;

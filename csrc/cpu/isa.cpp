@@ -31,8 +31,10 @@ std::vector<const Kernels*> available() {
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) tables.push_back(&kernels_avx2);
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
-      __builtin_cpu_supports("avx512vnni"))
+      __builtin_cpu_supports("avx512vnni")) {
     tables.push_back(&kernels_avx512);
+    if (__builtin_cpu_supports("avx512bf16")) tables.push_back(&kernels_avx512_bf16);
+  }
 #elif defined(__aarch64__)
   tables.push_back(&kernels_neon);
   if (has_dotprod()) tables.push_back(&kernels_neon_dotprod);

@@ -38,7 +38,7 @@ D3RT_INLINE void quantise_rows(const Quantised& q, const float* x, int64_t x_str
       const float* in = x + b * x_stride + g * kGroup;
       int8_t* codes = q.codes + b * q.cols + g * kGroup;
       int32_t sum = 0;
-#if defined(D3RT_ISA_avx512)
+#if defined(D3RT_AVX512)
       const __m512 lo = _mm512_loadu_ps(in), hi = _mm512_loadu_ps(in + 16);
       const float largest = _mm512_reduce_max_ps(_mm512_max_ps(_mm512_abs_ps(lo), _mm512_abs_ps(hi)));
       const __m512 inverse = _mm512_set1_ps(largest == 0 ? 0.0f : 127.0f / largest);
@@ -81,7 +81,7 @@ D3RT_INLINE void quantise_rows(const Quantised& q, const float* x, int64_t x_str
 
 // One group of one tile against NB slots: products[b] gets kTileRows sums of code * code (of the codes less
 // `zero`). codes[b]: the group's 32 activation codes of slot b; sums[b]: their sum.
-#if defined(D3RT_ISA_avx512)
+#if defined(D3RT_AVX512)
 
 using Products = __m512i;
 D3RT_INLINE __m512i word(const int8_t* codes, int c) {

@@ -5,7 +5,10 @@
 
 #include "floats.h"
 
-#if defined(D3RT_ISA_avx2) || defined(D3RT_ISA_avx512)
+#if defined(D3RT_ISA_avx512) || defined(D3RT_ISA_avx512_bf16)
+#define D3RT_AVX512  // the two differ only in attention.h, in how bfloat16 is multiplied
+#endif
+#if defined(D3RT_ISA_avx2) || defined(D3RT_AVX512)
 #include <immintrin.h>
 #elif defined(D3RT_ISA_neon) || defined(D3RT_ISA_neon_dotprod)
 #define D3RT_NEON  // the two differ only in packed.h, in how int8 products are summed
@@ -36,7 +39,7 @@ D3RT_INLINE void prefetch_lines(const void* p, int64_t bytes) {
 // do as well.
 constexpr int kStreamAhead = 2048;
 
-#if defined(D3RT_ISA_avx512)
+#if defined(D3RT_AVX512)
 
 struct Vec {
   static constexpr int kLanes = 16;
@@ -69,6 +72,7 @@ D3RT_INLINE Vec max(Vec a, Vec b) { return {_mm512_max_ps(a.v, b.v)}; }
 D3RT_INLINE Vec min(Vec a, Vec b) { return {_mm512_min_ps(a.v, b.v)}; }
 D3RT_INLINE Vec fma(Vec a, Vec b, Vec c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
 D3RT_INLINE float sum(Vec a) { return _mm512_reduce_add_ps(a.v); }
+D3RT_INLINE float largest(Vec a) { return _mm512_reduce_max_ps(a.v); }
 D3RT_INLINE __m256 halves_added(__m512 a) {
   return _mm256_add_ps(_mm512_castps512_ps256(a), _mm512_extractf32x8_ps(a, 1));
 }
@@ -130,6 +134,11 @@ D3RT_INLINE float sum(Vec a) {
   half = _mm_add_ps(half, _mm_movehl_ps(half, half));
   return _mm_cvtss_f32(_mm_add_ss(half, _mm_movehdup_ps(half)));
 }
+D3RT_INLINE float largest(Vec a) {
+  __m128 half = _mm_max_ps(_mm256_castps256_ps128(a.v), _mm256_extractf128_ps(a.v, 1));
+  half = _mm_max_ps(half, _mm_movehl_ps(half, half));
+  return _mm_cvtss_f32(_mm_max_ss(half, _mm_movehdup_ps(half)));
+}
 // out[0..3] = sum(a), sum(b), sum(c), sum(d)
 D3RT_INLINE void sum4(Vec a, Vec b, Vec c, Vec d, float* out) {
   const __m256 abcd = _mm256_hadd_ps(_mm256_hadd_ps(a.v, b.v), _mm256_hadd_ps(c.v, d.v));
@@ -187,6 +196,7 @@ D3RT_INLINE Vec max(Vec a, Vec b) { return {vmaxq_f32(a.v, b.v)}; }
 D3RT_INLINE Vec min(Vec a, Vec b) { return {vminq_f32(a.v, b.v)}; }
 D3RT_INLINE Vec fma(Vec a, Vec b, Vec c) { return {vfmaq_f32(c.v, a.v, b.v)}; }
 D3RT_INLINE float sum(Vec a) { return vaddvq_f32(a.v); }
+D3RT_INLINE float largest(Vec a) { return vmaxvq_f32(a.v); }
 // out[0..3] = sum(a), sum(b), sum(c), sum(d)
 D3RT_INLINE void sum4(Vec a, Vec b, Vec c, Vec d, float* out) {
   vst1q_f32(out, vpaddq_f32(vpaddq_f32(a.v, b.v), vpaddq_f32(c.v, d.v)));
@@ -231,6 +241,7 @@ D3RT_INLINE Vec max(Vec a, Vec b) { return {a.v > b.v ? a.v : b.v}; }
 D3RT_INLINE Vec min(Vec a, Vec b) { return {a.v < b.v ? a.v : b.v}; }
 D3RT_INLINE Vec fma(Vec a, Vec b, Vec c) { return {a.v * b.v + c.v}; }
 D3RT_INLINE float sum(Vec a) { return a.v; }
+D3RT_INLINE float largest(Vec a) { return a.v; }
 D3RT_INLINE void sum4(Vec a, Vec b, Vec c, Vec d, float* out) {
   out[0] = a.v, out[1] = b.v, out[2] = c.v, out[3] = d.v;
 }
@@ -251,16 +262,17 @@ template <class T>
 D3RT_INLINE Pair pair_of(const float* p, const T*) {
   return {load(p), load(p + Vec::kLanes)};
 }
-// Where element i of a row stands when its pairs are laid end to end.
+// A pair that belongs to load_pair's of a T, as 2 kLanes neighbours at p again.
 template <class T>
-D3RT_INLINE int paired(const T*, int i) {
-  return i;
+D3RT_INLINE void store_pair(float* p, Pair a, const T*) {
+  store(p, a.first);
+  store(p + Vec::kLanes, a.second);
 }
 #if !defined(D3RT_ISA_scalar)
 // A bfloat16 is the upper half of a float, so a vector of 32-bit words is its odd elements as they are and
 // its even ones shifted: half the work of widening neighbours.
 D3RT_INLINE Pair load_pair(const bf16* p) {
-#if defined(D3RT_ISA_avx512)
+#if defined(D3RT_AVX512)
   __m512i words = _mm512_loadu_si512(p);
   asm("" : "+v"(words));  // or it is loaded twice, once for each half: one load a cycle is all there is
   return {{_mm512_castsi512_ps(_mm512_slli_epi32(words, 16))},
@@ -277,7 +289,7 @@ D3RT_INLINE Pair load_pair(const bf16* p) {
 }
 D3RT_INLINE Pair pair_of(const float* p, const bf16*) {
   const Vec low = load(p), high = load(p + Vec::kLanes);
-#if defined(D3RT_ISA_avx512)
+#if defined(D3RT_AVX512)
   const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
   const __m512i odd = _mm512_add_epi32(even, _mm512_set1_epi32(1));
   return {{_mm512_permutex2var_ps(low.v, even, high.v)}, {_mm512_permutex2var_ps(low.v, odd, high.v)}};
@@ -290,9 +302,54 @@ D3RT_INLINE Pair pair_of(const float* p, const bf16*) {
   return {{vuzp1q_f32(low.v, high.v)}, {vuzp2q_f32(low.v, high.v)}};
 #endif
 }
-D3RT_INLINE int paired(const bf16*, int i) {
-  const int in_pair = i % (2 * Vec::kLanes);
-  return i - in_pair + (in_pair % 2) * Vec::kLanes + in_pair / 2;
+D3RT_INLINE void store_pair(float* p, Pair a, const bf16*) {
+#if defined(D3RT_AVX512)
+  const __m512i low = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+  const __m512i high = _mm512_add_epi32(low, _mm512_set1_epi32(8));
+  store(p, {_mm512_permutex2var_ps(a.first.v, low, a.second.v)});
+  store(p + Vec::kLanes, {_mm512_permutex2var_ps(a.first.v, high, a.second.v)});
+#elif defined(D3RT_ISA_avx2)
+  const __m256 low = _mm256_unpacklo_ps(a.first.v, a.second.v);
+  const __m256 high = _mm256_unpackhi_ps(a.first.v, a.second.v);
+  store(p, {_mm256_permute2f128_ps(low, high, 0x20)});
+  store(p + Vec::kLanes, {_mm256_permute2f128_ps(low, high, 0x31)});
+#else
+  store(p, {vzip1q_f32(a.first.v, a.second.v)});
+  store(p + Vec::kLanes, {vzip2q_f32(a.first.v, a.second.v)});
+#endif
+}
+#endif
+
+#if defined(D3RT_ISA_avx512_bf16)
+#define D3RT_BF16_PRODUCTS  // bfloat16 are multiplied as they are, two to a lane, and summed in float32
+
+struct Halves {
+  static constexpr int kCount = 32;
+  __m512bh v;
+};
+D3RT_INLINE Halves load_halves(const bf16* p) { return {(__m512bh)_mm512_loadu_si512(p)}; }
+// The two at p, in every lane.
+D3RT_INLINE Halves repeat_two(const bf16* p) {
+  int32_t two;
+  __builtin_memcpy(&two, p, sizeof two);
+  return {(__m512bh)_mm512_set1_epi32(two)};
+}
+// Lane i: a[2 i] b[2 i] + a[2 i + 1] b[2 i + 1] more than before.
+D3RT_INLINE Vec add_products(Vec sum, Halves a, Halves b) { return {_mm512_dpbf16_ps(sum.v, a.v, b.v)}; }
+// Element i of a beside element i of b, a lane for each i; store_zipped puts sums of these lanes in order.
+D3RT_INLINE void zip(Halves a, Halves b, Halves* some, Halves* others) {
+  *some = {(__m512bh)_mm512_unpacklo_epi16((__m512i)a.v, (__m512i)b.v)};
+  *others = {(__m512bh)_mm512_unpackhi_epi16((__m512i)a.v, (__m512i)b.v)};
+}
+D3RT_INLINE void store_zipped(float* p, Vec some, Vec others) {
+  const __m512i low = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
+  const __m512i high = _mm512_add_epi32(low, _mm512_set1_epi32(8));
+  store(p, {_mm512_permutex2var_ps(some.v, low, others.v)});
+  store(p + Vec::kLanes, {_mm512_permutex2var_ps(some.v, high, others.v)});
+}
+// A vector's values rounded to the nearest, half to even.
+D3RT_INLINE void store(bf16* p, Vec a) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), (__m256i)_mm512_cvtneps_pbh(a.v));
 }
 #endif
 

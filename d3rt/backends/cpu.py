@@ -35,7 +35,7 @@ def gemm_dtypes(cpuinfo: str = "/proc/cpuinfo") -> set[torch.dtype]:
 # bfloat16 where the processor multiplies that, else to float32, and to leave the product to torch: not where our own
 # kernels have the processor's int8 dot products, which do four times as much as float32's.
 PACKED_TOKENS = 64
-_WITH_DOT_PRODUCTS = {"avx512"}
+_WITH_DOT_PRODUCTS = {"avx512", "avx512_bf16"}
 MOST_TOKENS = 512  # of one call of `linear`: the engine's PREFILL_CHUNK_TOKENS
 _GEMM_FLAGS = {
     torch.bfloat16: {"amx_bf16", "avx512_bf16", "bf16"},

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor
@@ -58,16 +58,16 @@ class LayerWeights:
     def matrices(self) -> list[Matrix]:
         return self.parts("wq", "wk", "wv", "wo", "w_gate", "w_up", "w_down")
 
-    @property
+    @cached_property
     def kv_bytes(self) -> int:
         """Bytes that a kv_fill of this layer reads."""
         return nbytes(self.parts("attention_norm", "wk", "wv", "bk", "bv", "k_norm"))
 
-    @property
+    @cached_property
     def attention_bytes(self) -> int:
         return self.kv_bytes + nbytes(self.parts("wq", "bq", "q_norm", "wo", "bo"))
 
-    @property
+    @cached_property
     def mlp_bytes(self) -> int:
         return nbytes(self.parts("mlp_norm", "w_gate", "w_up", "b_gate", "b_up", "w_down", "b_down"))
 

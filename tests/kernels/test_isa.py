@@ -28,14 +28,17 @@ def python(code, **environment):
 def test_the_isas_of_this_processor_are_named_slowest_first():
     isas = _C.available_isas()
     assert isas[0] == "scalar"
-    expected = {"x86_64": {"scalar", "avx2", "avx512"}, "aarch64": {"scalar", "neon", "neon_dotprod"}}
+    expected = {
+        "x86_64": {"scalar", "avx2", "avx512", "avx512_bf16"},
+        "aarch64": {"scalar", "neon", "neon_dotprod"},
+    }
     assert set(isas) <= expected.get(platform.machine(), {"scalar"})
     if platform.machine() == "x86_64":
         flags = set(Path("/proc/cpuinfo").read_text().split("flags", 1)[1].split("\n", 1)[0].split())
         assert ("avx2" in isas) == {"avx2", "fma"}.issubset(flags)
-        assert ("avx512" in isas) == {"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_vnni"}.issubset(
-            flags
-        )
+        avx512 = {"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_vnni"}
+        assert ("avx512" in isas) == avx512.issubset(flags)
+        assert ("avx512_bf16" in isas) == (avx512 | {"avx512_bf16"}).issubset(flags)
 
 
 @pytest.mark.parametrize("isa", _C.available_isas())
