@@ -37,7 +37,7 @@ D3RT_INLINE void products_of_four(const C* k, int64_t pos_stride, const float* q
       Pair query[NQ];
       for (int h = 0; h < NQ; ++h) query[h] = {load(q + h * d + i), load(q + h * d + i + kN)};
       for (int t = 0; t < 4; ++t) {
-        const Pair key = load_pair(k + t * pos_stride + i);
+        const Pair key = load_pair_once(k + t * pos_stride + i);
         for (int h = 0; h < NQ; ++h)
           acc[h][t] = fma(key.second, query[h].second, fma(key.first, query[h].first, acc[h][t]));
       }
@@ -203,7 +203,7 @@ D3RT_INLINE void weigh_pairs(const C* v, int64_t pos_stride, int positions, cons
     Vec weight[NQ];
     for (int h = 0; h < NQ; ++h) weight[h] = set1(weights[h][t]);
     for (int c = 0; c < NP; ++c) {
-      const Pair value = load_pair(row + 2 * c * kN);
+      const Pair value = load_pair_once(row + 2 * c * kN);
       for (int h = 0; h < NQ; ++h) {
         acc[h][c].first = fma(weight[h], value.first, acc[h][c].first);
         acc[h][c].second = fma(weight[h], value.second, acc[h][c].second);

@@ -112,10 +112,6 @@ D3RT_INLINE void dot_tile(const W* const (&w)[kRowTile], int64_t ahead, const fl
   for (int r = 0; r < kRowTile; ++r) sum4(acc[r][0], acc[r][1], acc[r][2], acc[r][3], out[r]);
 }
 
-// How far ahead rows of bfloat16 are prefetched. Where memory is fast (60 GB/s, Zen 4), 3 KiB reads 3% more
-// than 2, and 4 or more less again; where it is slow (35 GB/s) they are alike.
-constexpr int kPairsAhead = 3072;
-
 // The same for bfloat16, with x in the order of pairs (vec.h); n in whole pairs.
 D3RT_INLINE float dot_pairs(const bf16* w, const float* pairs, int64_t n) {
   constexpr int kN = Vec::kLanes;
@@ -126,7 +122,7 @@ D3RT_INLINE float dot_pairs(const bf16* w, const float* pairs, int64_t n) {
   };
   int64_t i = 0;
   for (; i + 4 * kN <= n; i += 4 * kN) {
-    prefetch<4 * kN * sizeof(bf16)>(w + i, kPairsAhead);
+    prefetch<4 * kN * sizeof(bf16)>(w + i, kStreamAhead);
     add_pair(i, acc[0]);
     add_pair(i + 2 * kN, acc[1]);
   }
@@ -247,10 +243,8 @@ D3RT_INLINE void warm(const Matrix& m, Range part) {
     prefetch<kStreamAhead>(m.data, part.begin * m.stride * bytes);
     return;
   }
-  const int64_t groups = part.begin * (m.cols / kGroup);
-  prefetch<kStreamAhead>(m.data, groups * kTileRows * kGroup / (m.store == Store::int4 ? 2 : 1));
-  prefetch<kStreamAhead / 4>(m.scales, groups * kTileRows * 2);
-  if (m.minima) prefetch<kStreamAhead / 4>(m.minima, groups * kTileRows * 2);
+  const int64_t group = part.begin * (m.cols / kGroup);
+  m.store == Store::int4 ? warm_group<Store::int4>(m, group) : warm_group<Store::int8>(m, group);
 }
 
 // Calls sink(slot, row, value) once for each slot and each row of these granules.
