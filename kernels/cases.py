@@ -479,6 +479,8 @@ def _test_cases() -> dict[str, list[Case]]:
                 proj("full_batch", D=12, K=200, B=16),
                 proj("gapped", D=11, K=45, B=6, row_gap=5),
                 proj("long_rows", D=3, K=5003),
+                proj("longer_than_L1_holds", D=21, K=3136, bias=True),
+                proj("gapped_long_rows", D=10, K=4160, row_gap=5),
                 proj("many_rows", D=701, K=40, B=7, bias=True),
             ]
         ),
@@ -492,6 +494,8 @@ def _test_cases() -> dict[str, list[Case]]:
                 gate("full_batch", D=70, F=77, B=16),
                 gate("gapped", D=45, F=19, B=4, row_gap=9),
                 gate("long_rows", D=1100, F=67),
+                gate("pairs", D=128, F=70, bias=True),
+                gate("longer_than_L1_holds", D=3200, F=39, bias=True),
             ]
         ),
         "kv_fill": _both(

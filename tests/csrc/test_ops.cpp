@@ -353,9 +353,10 @@ struct MatrixSizes {
 
 const std::vector<MatrixSizes>& matrix_sizes() {
   static const std::vector<MatrixSizes> all = {
-      {1, 1, 1, false, 0},    {1, 7, 67, true, 0},    {2, 6, 66, false, 0},   {3, 65, 130, true, 0},
-      {4, 129, 33, false, 5}, {5, 19, 129, false, 0}, {8, 5, 31, true, 1},    {15, 9, 4, false, 0},
-      {16, 12, 77, true, 3},  {1, 3, 5003, false, 0}, {6, 301, 40, false, 0},
+      {1, 1, 1, false, 0},     {1, 7, 67, true, 0},    {2, 6, 66, false, 0},   {3, 65, 130, true, 0},
+      {4, 129, 33, false, 5},  {5, 19, 129, false, 0}, {8, 5, 31, true, 1},    {15, 9, 4, false, 0},
+      {16, 12, 77, true, 3},   {1, 3, 5003, false, 0}, {6, 301, 40, false, 0}, {1, 21, 3136, true, 0},
+      {1, 10, 4160, false, 5},
   };
   return all;
 }
