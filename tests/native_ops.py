@@ -5,6 +5,8 @@ Also the tolerance they share. Everything comes from d3rt.kernels.cases; nothing
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from unittest import mock
 
@@ -19,6 +21,7 @@ ISAS = _C.available_isas()
 EPS = torch.finfo(torch.float32).eps
 # How far a float32 value moves at most, relative to itself, when it is rounded to 8 or 11 significant bits.
 ROUNDING = {torch.float32: 0.0, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
+MATRIX_OPS = {"norm_qkv_rope", "proj_add", "norm_gate_up", "kv_fill", "norm_logits"}
 FLOAT16_STEP = 2.0**-24  # between the smallest float16 values, which have fewer bits
 
 
@@ -110,19 +113,46 @@ def rounded_attention(case: Case, arguments: dict) -> Tensor:
     return out
 
 
+@contextmanager
+def rounding_products(dtype: torch.dtype) -> Iterator[None]:
+    """Here the reference rounds to dtype what meets a weight matrix."""
+    definition = reference.linear
+
+    def linear(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
+        return definition(x.to(dtype).to(x.dtype), w, bias)
+
+    with mock.patch.object(reference, "linear", linear):
+        yield
+
+
 @cache
 def rounded_bounds(case: Case) -> dict[str, Tensor]:
-    """`bounds` of an attention that rounds like that: twice the error that the rounding alone makes on the same numbers
+    """`bounds` of an op that rounds like that: twice the error that the rounding alone makes on the same numbers
     comes on top, and one rounding of the largest value, where that is 0 by luck."""
-    right = exact(case)["out"]
-    error = (rounded_attention(case, cases.make(case)) - right).abs().max()
-    return {"out": bounds(case)["out"] + 2 * error + ROUNDING[case.dtype] * right.abs().max()}
+    arguments, allowed = cases.make(case), {}
+    if case.op == "attention":
+        rounded = {"out": rounded_attention(case, arguments)}
+    else:
+        with rounding_products(case.dtype):
+            rounded = exact_of(case, arguments)
+    for name, right in exact(case).items():
+        error = (rounded[name] - right).abs().max()
+        allowed[name] = bounds(case)[name] + 2 * error + ROUNDING[case.dtype] * right.abs().max()
+    return allowed
+
+
+def rounds_on(case: Case, isa: str) -> bool:
+    """Whether the kernels of this ISA round what they multiply: csrc/cpu/attention.h and halves_dot.h."""
+    if isa != "avx512_bf16":
+        return False
+    if case.op == "attention":
+        return case.cache_dtype == torch.bfloat16 and case.d in range(32, 257, 32)
+    return case.dtype == torch.bfloat16 and case.op in MATRIX_OPS
 
 
 def allowed_on(case: Case, isa: str) -> dict[str, Tensor]:
-    """How far the kernels of this ISA may be: `bounds`, or rounded_bounds where they round (csrc/cpu/attention.h)."""
-    rounds = case.op == "attention" and case.cache_dtype == torch.bfloat16 and case.d in range(32, 257, 32)
-    return rounded_bounds(case) if rounds and isa == "avx512_bf16" else bounds(case)
+    """How far the kernels of this ISA may be: `bounds`, or rounded_bounds where they round."""
+    return rounded_bounds(case) if rounds_on(case, isa) else bounds(case)
 
 
 def bounds_of(case: Case, arguments: dict, right: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -16,7 +16,8 @@ struct f16 {
 };
 
 // How weights and cache are kept. int8 and int4 are packed in tiles (below) and are for weights only; with
-// them the activations are quantised to int8 on the fly, otherwise arithmetic is float32 throughout.
+// them the activations are quantised to int8 on the fly; bf16 may round them to bfloat16 (halves_dot.h);
+// otherwise arithmetic is float32 throughout.
 enum class Store : uint8_t { f32, bf16, f16, int8, int4 };
 
 // A packed matrix is cut into tiles of kTileRows rows, and a tile into groups of kGroup columns, each with
@@ -34,10 +35,18 @@ constexpr int kGroup = 32;
 // group.
 constexpr int kQuantisedFloatsPer16 = 5;
 
-// Scratch for the activations of an op in the forms that its matrices want beside float32: quantised, and one
-// slot in the order of pairs (vec.h).
+// bfloat16 values that the activations of B slots take where they are rounded to it (halves_dot.h): up to 2,
+// 4 or 8 slots at once, up to 32 columns.
+static inline int64_t rounded_halves(int64_t B, int64_t cols) {
+  const int64_t rest = B % 8, slots = B - rest + (rest > 4 ? 8 : rest > 2 ? 4 : rest);
+  return slots * ((cols + 31) / 32 * 32);
+}
+
+// Scratch for the activations of an op in the forms that its matrices want beside float32: quantised; and one
+// slot in the order of pairs (vec.h), or all rounded to bfloat16.
 static inline int64_t prepared_floats(int64_t B, int64_t cols) {
-  return B * cols / 16 * kQuantisedFloatsPer16 + cols;
+  const int64_t rounded = rounded_halves(B, cols) / 2;
+  return B * cols / 16 * kQuantisedFloatsPer16 + (rounded > cols ? rounded : cols);
 }
 
 // One weight matrix [rows, cols]; bias [rows] or null. Plain: as torch.nn.Linear keeps it, `stride` elements

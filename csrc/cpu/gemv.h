@@ -3,6 +3,9 @@
 // stream.
 #pragma once
 
+#include <type_traits>
+
+#include "halves_dot.h"
 #include "packed.h"
 
 namespace d3rt::cpu::D3RT_ISA {
@@ -208,12 +211,14 @@ D3RT_INLINE void rows_dot_typed(const Matrix& m, const float* x, int64_t x_strid
 }
 
 // The activations of an op: float32 [B, cols], rows `stride` apart; quantised where a packed matrix needs
-// them so; in the order of pairs where that is how bfloat16 is best multiplied, else null.
+// them so; in the order of pairs, or rounded (halves_dot.h), where that is how bfloat16 is best multiplied,
+// else null.
 struct Input {
   const float* x;
   int64_t stride;
   Quantised quantised;
   const float* pairs;
+  const bf16* rounded;
 };
 
 D3RT_INLINE bool is_packed(const Matrix& m) { return m.store == Store::int8 || m.store == Store::int4; }
@@ -227,13 +232,22 @@ D3RT_INLINE Input prepare(float* memory, const float* x, int B, int64_t cols, co
     any_packed |= is_packed(matrices[i]);
     any_bf16 |= matrices[i].store == Store::bf16;
   }
-  Input input = {x, cols, {}, nullptr};
+  Input input = {x, cols, {}, nullptr, nullptr};
   if (any_packed) {
     input.quantised = quantised_at(memory, B, cols);
     quantise_rows(input.quantised, x, cols, 0, B);
   }
+  float* plain = memory + (any_packed ? B * cols / 16 * kQuantisedFloatsPer16 : 0);
+#if defined(D3RT_BF16_PRODUCTS)
+  if (any_bf16) {
+    bf16* rounded = reinterpret_cast<bf16*>(plain);
+    round_rows(rounded, x, B, cols);
+    input.rounded = rounded;
+    return input;
+  }
+#endif
   if (any_bf16 && B == 1 && cols % (2 * kN) == 0) {
-    float* pairs = memory + (any_packed ? cols / 16 * kQuantisedFloatsPer16 : 0);
+    float* pairs = plain;
     for (int64_t i = 0; i < cols; i += 2 * kN) {
       const Pair pair = pair_of(x + i, static_cast<const bf16*>(nullptr));
       store(pairs + i, pair.first);
@@ -308,9 +322,21 @@ D3RT_INLINE void long_rows_dot(const Matrix& m, const float* pairs, Range rows, 
 template <class W, class Sink>
 D3RT_INLINE bool both_rows_dot(const Matrix& a, const Matrix& b, const Input& in, int B, Range rows,
                                const Sink& sink) {
+  const W *wa = static_cast<const W*>(a.data), *wb = static_cast<const W*>(b.data);
+#if defined(D3RT_BF16_PRODUCTS)
+  if constexpr (std::is_same_v<W, bf16>) {
+    if (B != 1) return false;
+    for (int64_t row = rows.begin; row < rows.end; ++row) {
+      const bf16* const two[2] = {wa + row * a.stride, wb + row * b.stride};
+      float out[2][1];
+      halves_tile<2, 1, kRowsAhead>(two, in.rounded, a.cols, out);
+      sink(row, out[0][0], out[1][0]);
+    }
+    return true;
+  }
+#endif
   const float* pairs = pairs_for<W>(a, in, B);
   if (!pairs) return false;
-  const W *wa = static_cast<const W*>(a.data), *wb = static_cast<const W*>(b.data);
   constexpr int kHalf = kLongRows / 2;
   int64_t row = rows.begin;
   for (; a.cols > kLongRow && row + kHalf <= rows.end; row += kHalf) {
@@ -353,6 +379,10 @@ D3RT_INLINE void rows_dot(const Matrix& m, const Input& in, int B, Range part, c
         return long_rows_dot<float>(m, pairs, part, sink);
       return rows_dot_typed<float>(m, in.x, in.stride, B, part, sink);
     case Store::bf16:
+#if defined(D3RT_BF16_PRODUCTS)
+      return halves_dot(static_cast<const bf16*>(m.data), m.stride, m.cols, in.rounded, B, part.begin,
+                        part.end, sink);
+#else
       if (in.pairs && m.cols > kLongRow) return long_rows_dot<bf16>(m, in.pairs, part, sink);
       if (in.pairs) {
         for (int64_t row = part.begin; row < part.end; ++row)
@@ -360,6 +390,7 @@ D3RT_INLINE void rows_dot(const Matrix& m, const Input& in, int B, Range part, c
         return;
       }
       return rows_dot_typed<bf16>(m, in.x, in.stride, B, part, sink);
+#endif
     case Store::f16:
       if (const float* pairs = m.cols > kLongRow ? pairs_for<f16>(m, in, B) : nullptr)
         return long_rows_dot<f16>(m, pairs, part, sink);

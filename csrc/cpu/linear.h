@@ -13,7 +13,7 @@ static void linear(const LinearArgs& a, float* scratch, int phase, const Worker&
     quantise_rows(quantised_at(scratch, a.T, a.w.cols), a.a, a.w.cols, mine.begin, mine.end);
     return;
   }
-  Input in = {a.a, a.w.cols, quantised_at(scratch, a.T, a.w.cols), nullptr};
+  Input in = {a.a, a.w.cols, quantised_at(scratch, a.T, a.w.cols), nullptr, nullptr};
   rows_dot(a.w, in, a.T, share(granules(a.w), me),
            [&](int token, int64_t row, float value) { a.out[token * a.w.rows + row] = value; });
 }

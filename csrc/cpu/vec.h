@@ -6,7 +6,7 @@
 #include "floats.h"
 
 #if defined(D3RT_ISA_avx512) || defined(D3RT_ISA_avx512_bf16)
-#define D3RT_AVX512  // the two differ only in attention.h, in how bfloat16 is multiplied
+#define D3RT_AVX512  // the two differ in how bfloat16 is multiplied: attention.h, halves_dot.h
 #endif
 #if defined(D3RT_ISA_avx2) || defined(D3RT_AVX512)
 #include <immintrin.h>
@@ -348,6 +348,9 @@ struct Halves {
   __m512bh v;
 };
 D3RT_INLINE Halves load_halves(const bf16* p) { return {(__m512bh)_mm512_loadu_si512(p)}; }
+D3RT_INLINE Halves load_halves_partial(const bf16* p, int n) {
+  return {(__m512bh)_mm512_maskz_loadu_epi16(static_cast<__mmask32>((1ull << n) - 1), p)};
+}
 // The two at p, in every lane.
 D3RT_INLINE Halves repeat_two(const bf16* p) {
   int32_t two;

@@ -1,5 +1,8 @@
 """Every native op, on every ISA of this processor, against its definition in kernels/reference.py."""
 
+from contextlib import nullcontext
+from dataclasses import replace
+
 import native_ops
 import pytest
 import torch
@@ -59,6 +62,39 @@ def test_a_replay_repeats_itself_bit_for_bit_on_unaligned_buffers_too(case, isa)
     aligned, shifted = native_ops.native(case, isa), native_ops.native(case, isa, slack=3)
     for name, tensor in aligned.items():
         assert torch.equal(tensor, shifted[name]), name
+
+
+@each_isa
+@pytest.mark.parametrize(
+    "sizes", [(1, 67), (2, 96), (3, 577), (5, 1536), (8, 1600), (11, 4097), (16, 33)], ids=str
+)
+def test_activations_that_bfloat16_holds_lose_nothing_with_bfloat16_weights(isa, sizes):
+    """Whether or not an ISA rounds them: as close as with float32 arithmetic."""
+    B, K = sizes
+    case = cases.Case(
+        "proj_add", "bfloat16_activations", torch.bfloat16, B=B, D=37, K=K, bias=True, row_gap=3
+    )
+    arguments = cases.make(case)
+    arguments["a"].copy_(arguments["a"].bfloat16())
+    right = native_ops.exact_of(case, arguments)
+    allowed = native_ops.bounds_of(case, arguments, right)
+    native_ops.run_native(case, arguments, isa, threads=2)
+    native_ops.assert_close(case, cases.outputs(case, arguments), right, allowed)
+
+
+@pytest.mark.skipif(
+    "avx512_bf16" not in ISAS, reason="the other ISAs sum several slots in another order than one"
+)
+@pytest.mark.parametrize("K", [67, 1536, 1600, 4096, 12320])
+def test_a_slot_of_a_batch_gets_what_it_gets_alone_where_bfloat16_is_multiplied(K):
+    case = cases.Case("proj_add", "batch", torch.bfloat16, B=16, D=21, K=K)
+    whole = cases.make(case)
+    x, a, w = (whole[name].clone() for name in ("x", "a", "w"))
+    native_ops.run_native(case, whole, "avx512_bf16")
+    for B in (1, 2, 3, 5, 8, 9):
+        some = {**whole, "x": x[:B].clone(), "a": a[:B].clone(), "w": w.clone()}
+        native_ops.run_native(replace(case, B=B), some, "avx512_bf16")
+        assert torch.equal(some["x"], whole["x"][:B]), f"{B} slots"
 
 
 @pytest.mark.parametrize("case", SOME, ids=str)
@@ -268,7 +304,9 @@ def test_int8_lines_are_the_references_but_where_a_value_lies_between_two_codes(
     that near to the middle between two codes may get either. No code may be further away, and few may differ."""
     native, right = cases.make(case), cases.make(case)
     native_ops.run_native(case, native, isa)
-    cases.call(reference, case, right)
+    rounds = native_ops.rounds_on(case, isa)
+    with native_ops.rounding_products(case.dtype) if rounds else nullcontext():
+        cases.call(reference, case, right)
     different, count = 0, 0
     for (name, codes, scales), (_, expected, right_scales) in zip(
         int8_lines(case, native), int8_lines(case, right), strict=True
