@@ -448,6 +448,8 @@ static void attention(const AttentionArgs& a, float* scratch, int phase, const W
             following = span_of(slot, head, chunk + 1);
           else if (unit + 1 < mine.end && head + 1 < a.G)
             following = span_of(slot, head + 1, first_chunk(slot));
+          else if (unit + 1 < mine.end && slot + 1 < a.B)
+            following = span_of(slot + 1, 0, first_chunk(slot + 1));
           for (int h = 0; h < group; h += kQueryGroup) {
             const int queries = group - h < kQueryGroup ? group - h : kQueryGroup;
             const Span next = h + queries < group ? Span{0, 0} : following;

@@ -283,6 +283,9 @@ D3RT_INLINE void warm(const Matrix& m, Range part) {
   if (part.begin >= part.end) return;
   if (!is_packed(m)) {
     const int64_t bytes = m.store == Store::f32 ? 4 : 2;
+#if defined(D3RT_BF16_PRODUCTS)
+    if (m.store == Store::bf16) return prefetch<kFarthest>(m.data, part.begin * m.stride * bytes);
+#endif
     prefetch<kStreamAhead>(m.data, part.begin * m.stride * bytes);
     return;
   }
@@ -317,7 +320,7 @@ D3RT_INLINE void long_rows_dot(const Matrix& m, const float* pairs, Range rows, 
   }
 }
 
-// One slot and the same rows of two plain matrices that are kept alike, as two streams: sink(row, a's, b's).
+// The same rows of two plain matrices that are kept alike, as two streams: sink(slot, row, a's, b's).
 // False, and nothing done, where dot_rows cannot.
 template <class W, class Sink>
 D3RT_INLINE bool both_rows_dot(const Matrix& a, const Matrix& b, const Input& in, int B, Range rows,
@@ -325,13 +328,8 @@ D3RT_INLINE bool both_rows_dot(const Matrix& a, const Matrix& b, const Input& in
   const W *wa = static_cast<const W*>(a.data), *wb = static_cast<const W*>(b.data);
 #if defined(D3RT_BF16_PRODUCTS)
   if constexpr (std::is_same_v<W, bf16>) {
-    if (B != 1) return false;
-    for (int64_t row = rows.begin; row < rows.end; ++row) {
-      const bf16* const two[2] = {wa + row * a.stride, wb + row * b.stride};
-      float out[2][1];
-      halves_tile<2, 1, kRowsAhead>(two, in.rounded, a.cols, out);
-      sink(row, out[0][0], out[1][0]);
-    }
+    if (slots_at_once(B) < B || !all_near(slots_at_once(B), a.cols)) return false;
+    both_halves_dot(wa, a.stride, wb, b.stride, a.cols, in.rounded, B, rows.begin, rows.end, sink);
     return true;
   }
 #endif
@@ -345,13 +343,13 @@ D3RT_INLINE bool both_rows_dot(const Matrix& a, const Matrix& b, const Input& in
     for (int r = 0; r < kHalf; ++r)
       some[r] = wa + (row + r) * a.stride, some[kHalf + r] = wb + (row + r) * b.stride;
     dot_rows<kLongRows>(some, pairs, a.cols, out);
-    for (int r = 0; r < kHalf; ++r) sink(row + r, out[r], out[kHalf + r]);
+    for (int r = 0; r < kHalf; ++r) sink(0, row + r, out[r], out[kHalf + r]);
   }
   for (; row < rows.end; ++row) {
     const W* const two[2] = {wa + row * a.stride, wb + row * b.stride};
     float out[2];
     dot_rows<2>(two, pairs, a.cols, out);
-    sink(row, out[0], out[1]);
+    sink(0, row, out[0], out[1]);
   }
   return true;
 }

@@ -33,9 +33,9 @@ static void norm_gate_up(const NormGateUpArgs& a, float* scratch, int phase, con
         return m.bias ? value + m.bias[row] : value;
       };
       const bool at_once =
-          both_rows_dot(a.gate, a.up, in, a.B, block, [&](int64_t row, float gate, float other) {
-            a.h[row] = biased(a.gate, row, gate);
-            up[0][row - begin] = biased(a.up, row, other);
+          both_rows_dot(a.gate, a.up, in, a.B, block, [&](int slot, int64_t row, float gate, float other) {
+            a.h[static_cast<int64_t>(slot) * a.F + row] = biased(a.gate, row, gate);
+            up[slot][row - begin] = biased(a.up, row, other);
           });
       if (!at_once) {
         warm(a.up, block);
