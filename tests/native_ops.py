@@ -95,20 +95,34 @@ def bounds(case: Case) -> dict[str, Tensor]:
     return bounds_of(case, cases.make(case), exact(case))
 
 
+def whole_numbers(x: Tensor) -> Tensor:
+    """x as int16 of one scale over the last dimension hold it."""
+    scale = x.abs().amax(-1, keepdim=True) / 32767
+    return torch.where(scale > 0, x / scale, 0).round() * scale
+
+
 def rounded_attention(case: Case, arguments: dict) -> Tensor:
     """Attention by its definition in float64, but for q and the softmax's weights, which products of 16-bit numbers
-    want rounded to the cache's dtype."""
-    q, out = arguments["q"].to(case.dtype).double(), torch.zeros_like(arguments["q"]).double()
+    want rounded: to the cache's dtype, or, where int8 codes are multiplied, to int16. There a line of V gives its
+    scale to its weight; rounding over all positions is no finer than over some."""
+    out = torch.zeros_like(arguments["q"]).double()
     group = case.H // case.G
+
+    def rounded(x: Tensor) -> Tensor:
+        return whole_numbers(x) if case.int8_cache else x.to(case.dtype).double()
+
     for slot, (line, last) in enumerate(zip(case.lines or range(case.B), case.pos, strict=True)):
         first = max(0, last + 1 - case.window) if case.window else 0
-        k, v = (
-            arguments[name][line, :, first : last + 1].double().repeat_interleave(group, dim=0)
-            for name in ("k_cache", "v_cache")
-        )
-        scores = torch.einsum("hd,htd->ht", q[slot], k) * arguments["scale"]
+        seen = [arguments[name][line, :, first : last + 1] for name in ("k_cache", "v_cache")]
+        of_v = 1.0
+        if case.int8_cache:
+            of_v = kv_line.parts(seen[1])[1].double().squeeze(-1).repeat_interleave(group, dim=0)
+            seen = [kv_line.decode(lines) for lines in seen]
+        k, v = (values.double().repeat_interleave(group, dim=0) for values in seen)
+        q = rounded(arguments["q"][slot].double())
+        scores = torch.einsum("hd,htd->ht", q, k) * arguments["scale"]
         weights = torch.exp(scores - scores.amax(-1, keepdim=True))
-        sums = torch.einsum("ht,htd->hd", weights.to(case.dtype).double(), v)
+        sums = torch.einsum("ht,htd->hd", rounded(weights * of_v) / of_v, v)
         out[slot] = sums / weights.sum(-1, keepdim=True)
     return out
 
@@ -137,17 +151,20 @@ def rounded_bounds(case: Case) -> dict[str, Tensor]:
             rounded = exact_of(case, arguments)
     for name, right in exact(case).items():
         error = (rounded[name] - right).abs().max()
-        allowed[name] = bounds(case)[name] + 2 * error + ROUNDING[case.dtype] * right.abs().max()
+        rounding = 2.0**-16 if case.op == "attention" and case.int8_cache else ROUNDING[case.dtype]
+        allowed[name] = bounds(case)[name] + 2 * error + rounding * right.abs().max()
     return allowed
 
 
+PAIRED = {"avx2": 16, "avx512": 32, "avx512_bf16": 32}  # what head_dim must be a multiple of, up to 256
+
+
 def rounds_on(case: Case, isa: str) -> bool:
-    """Whether the kernels of this ISA round what they multiply: csrc/cpu/attention.h and halves_dot.h."""
-    if isa != "avx512_bf16":
-        return False
+    """Whether the kernels of this ISA round what they multiply: csrc/cpu/attend_products.h and halves_dot.h."""
     if case.op == "attention":
-        return case.cache_dtype == torch.bfloat16 and case.d in range(32, 257, 32)
-    return case.dtype == torch.bfloat16 and case.op in MATRIX_OPS
+        paired = case.d <= 256 and case.d % PAIRED.get(isa, 512) == 0
+        return paired and (case.int8_cache or (isa == "avx512_bf16" and case.dtype == torch.bfloat16))
+    return isa == "avx512_bf16" and case.dtype == torch.bfloat16 and case.op in MATRIX_OPS
 
 
 def allowed_on(case: Case, isa: str) -> dict[str, Tensor]:

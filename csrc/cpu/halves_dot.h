@@ -55,7 +55,7 @@ D3RT_INLINE void round_rows(bf16* out, const float* x, int B, int64_t cols) {
 template <int R, int NB>
 D3RT_INLINE void add_step(const Halves (&row)[R], const bf16* x, Vec (&acc)[R][NB]) {
   for (int b = 0; b < NB; ++b) {
-    const Halves slot = load_halves(x + b * Halves::kCount);
+    const Halves slot = load_factors(x + b * Halves::kCount);
     for (int r = 0; r < R; ++r) acc[r][b] = add_products(acc[r][b], row[r], slot);
   }
 }
@@ -69,12 +69,12 @@ D3RT_INLINE void add_halves(const bf16* const (&w)[R], const bf16* x, int64_t be
   for (; i + Halves::kCount <= end; i += Halves::kCount) {
     for (int r = 0; r < R; ++r) prefetched(r, i);
     Halves row[R];
-    for (int r = 0; r < R; ++r) row[r] = load_halves(w[r] + i);
+    for (int r = 0; r < R; ++r) row[r] = load_factors(w[r] + i);
     add_step<R, NB>(row, x + i * NB, acc);
   }
   if (i < end) {
     Halves row[R];
-    for (int r = 0; r < R; ++r) row[r] = load_halves_partial(w[r] + i, static_cast<int>(end - i));
+    for (int r = 0; r < R; ++r) row[r] = load_partial_factors(w[r] + i, static_cast<int>(end - i));
     add_step<R, NB>(row, x + i * NB, acc);
   }
 }

@@ -340,6 +340,79 @@ D3RT_INLINE Pair load_pair_once(const bf16* p) {
 }
 #endif
 
+#if defined(D3RT_AVX512) || defined(D3RT_ISA_avx2)
+#define D3RT_INT16_PRODUCTS  // int16 are multiplied two to a lane, and summed exactly in int32
+
+struct Words {
+  static constexpr int kCount = 2 * Vec::kLanes;
+#if defined(D3RT_AVX512)
+  __m512i v;
+#else
+  __m256i v;
+#endif
+};
+// Sums of their products.
+struct Whole {
+  decltype(Words::v) v;
+};
+#if defined(D3RT_AVX512)
+D3RT_INLINE Words load_factors(const int16_t* p) { return {_mm512_loadu_si512(p)}; }
+D3RT_INLINE Words load_factors(const int8_t* p) {
+  return {_mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
+}
+D3RT_INLINE Whole add_products(Whole sum, Words a, Words b) { return {_mm512_dpwssd_epi32(sum.v, a.v, b.v)}; }
+D3RT_INLINE Vec floats_of(Whole a) { return {_mm512_cvtepi32_ps(a.v)}; }
+// The nearest whole numbers, half to even.
+D3RT_INLINE void store(int16_t* p, Vec a) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(_mm512_cvtps_epi32(a.v)));
+}
+D3RT_INLINE Words repeat_two(const int16_t* p) {
+  int32_t two;
+  __builtin_memcpy(&two, p, sizeof two);
+  return {_mm512_set1_epi32(two)};
+}
+D3RT_INLINE void zip(Words a, Words b, Words* some, Words* others) {
+  *some = {_mm512_unpacklo_epi16(a.v, b.v)};
+  *others = {_mm512_unpackhi_epi16(a.v, b.v)};
+}
+D3RT_INLINE void store_zipped(float* p, Vec some, Vec others) {
+  const __m512i low = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
+  const __m512i high = _mm512_add_epi32(low, _mm512_set1_epi32(8));
+  store(p, {_mm512_permutex2var_ps(some.v, low, others.v)});
+  store(p + Vec::kLanes, {_mm512_permutex2var_ps(some.v, high, others.v)});
+}
+#else
+D3RT_INLINE Words load_factors(const int16_t* p) {
+  return {_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))};
+}
+D3RT_INLINE Words load_factors(const int8_t* p) {
+  return {_mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))};
+}
+D3RT_INLINE Whole add_products(Whole sum, Words a, Words b) {
+  return {_mm256_add_epi32(sum.v, _mm256_madd_epi16(a.v, b.v))};
+}
+D3RT_INLINE Vec floats_of(Whole a) { return {_mm256_cvtepi32_ps(a.v)}; }
+D3RT_INLINE void store(int16_t* p, Vec a) {
+  const __m256i whole = _mm256_cvtps_epi32(a.v);
+  const __m128i packed = _mm_packs_epi32(_mm256_castsi256_si128(whole), _mm256_extracti128_si256(whole, 1));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), packed);
+}
+D3RT_INLINE Words repeat_two(const int16_t* p) {
+  int32_t two;
+  __builtin_memcpy(&two, p, sizeof two);
+  return {_mm256_set1_epi32(two)};
+}
+D3RT_INLINE void zip(Words a, Words b, Words* some, Words* others) {
+  *some = {_mm256_unpacklo_epi16(a.v, b.v)};
+  *others = {_mm256_unpackhi_epi16(a.v, b.v)};
+}
+D3RT_INLINE void store_zipped(float* p, Vec some, Vec others) {
+  store(p, {_mm256_permute2f128_ps(some.v, others.v, 0x20)});
+  store(p + Vec::kLanes, {_mm256_permute2f128_ps(some.v, others.v, 0x31)});
+}
+#endif
+#endif
+
 #if defined(D3RT_ISA_avx512_bf16)
 #define D3RT_BF16_PRODUCTS  // bfloat16 are multiplied as they are, two to a lane, and summed in float32
 
@@ -347,8 +420,8 @@ struct Halves {
   static constexpr int kCount = 32;
   __m512bh v;
 };
-D3RT_INLINE Halves load_halves(const bf16* p) { return {(__m512bh)_mm512_loadu_si512(p)}; }
-D3RT_INLINE Halves load_halves_partial(const bf16* p, int n) {
+D3RT_INLINE Halves load_factors(const bf16* p) { return {(__m512bh)_mm512_loadu_si512(p)}; }
+D3RT_INLINE Halves load_partial_factors(const bf16* p, int n) {
   return {(__m512bh)_mm512_maskz_loadu_epi16(static_cast<__mmask32>((1ull << n) - 1), p)};
 }
 // The two at p, in every lane.
@@ -359,21 +432,34 @@ D3RT_INLINE Halves repeat_two(const bf16* p) {
 }
 // Lane i: a[2 i] b[2 i] + a[2 i + 1] b[2 i + 1] more than before.
 D3RT_INLINE Vec add_products(Vec sum, Halves a, Halves b) { return {_mm512_dpbf16_ps(sum.v, a.v, b.v)}; }
+D3RT_INLINE Vec floats_of(Vec a) { return a; }
 // Element i of a beside element i of b, a lane for each i; store_zipped puts sums of these lanes in order.
 D3RT_INLINE void zip(Halves a, Halves b, Halves* some, Halves* others) {
   *some = {(__m512bh)_mm512_unpacklo_epi16((__m512i)a.v, (__m512i)b.v)};
   *others = {(__m512bh)_mm512_unpackhi_epi16((__m512i)a.v, (__m512i)b.v)};
 }
-D3RT_INLINE void store_zipped(float* p, Vec some, Vec others) {
-  const __m512i low = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
-  const __m512i high = _mm512_add_epi32(low, _mm512_set1_epi32(8));
-  store(p, {_mm512_permutex2var_ps(some.v, low, others.v)});
-  store(p + Vec::kLanes, {_mm512_permutex2var_ps(some.v, high, others.v)});
-}
 // A vector's values rounded to the nearest, half to even.
 D3RT_INLINE void store(bf16* p, Vec a) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), (__m256i)_mm512_cvtneps_pbh(a.v));
 }
+#endif
+
+// What products of 16-bit numbers are made of and summed in.
+template <class M>
+struct Factors {};
+#if defined(D3RT_INT16_PRODUCTS)
+template <>
+struct Factors<int16_t> {
+  using Several = Words;
+  using Sum = Whole;
+};
+#endif
+#if defined(D3RT_BF16_PRODUCTS)
+template <>
+struct Factors<bf16> {
+  using Several = Halves;
+  using Sum = Vec;
+};
 #endif
 
 #if defined(D3RT_ISA_scalar)
