@@ -64,15 +64,31 @@ D3RT_INLINE void store_word(const Out& out, int index, Ints bytes) {
   std::memcpy(out.data + index * kTileRows * 4, &bytes, sizeof bytes);
 }
 
+// packing.py INT8_STEPS
+constexpr int kMostSteps = 127, kLeastSteps = 89, kStepsApart = 2;
+
 void pack_int8(const Block& block, const Out& out) {
   Floats largest = all(0);
   for (int i = 0; i < kGroup; ++i) {
     const Floats w = block.column[i], size = w < all(0) ? -w : w;
     largest = size > largest ? size : largest;
   }
-  const Floats scale = half(largest / all(127)), inverted = inverse(scale);
+  const auto code = [](Floats w, Floats inverted) { return rounded(clamped(w * inverted, -127, 127)); };
+  Floats best = all(0), least = all(0);
+  for (int steps = kMostSteps; steps >= kLeastSteps; steps -= kStepsApart) {
+    const Floats scale = half(largest / all(static_cast<float>(steps))), inverted = inverse(scale);
+    Floats error = all(0);
+    for (const Floats w : block.column) {
+      const Floats off = code(w, inverted) * scale - w;
+      error += off * off;
+    }
+    const Ints better = steps == kMostSteps ? Ints{-1, -1, -1, -1} : error < least;
+    best = better ? scale : best;
+    least = better ? error : least;
+  }
+  const Floats scale = best, inverted = inverse(best);
   Floats codes[kGroup];
-  for (int i = 0; i < kGroup; ++i) codes[i] = rounded(clamped(block.column[i] * inverted, -127, 127));
+  for (int i = 0; i < kGroup; ++i) codes[i] = code(block.column[i], inverted);
   for (int c = 0; c < kGroup / 4; ++c) store_word(out, c, word(codes + 4 * c));
   store_halves(scale, out.scales);
 }

@@ -54,6 +54,32 @@ def test_int8_is_off_by_half_a_step_at_most():
     assert ((packed.dequantize() - weight).abs() <= 0.5 * step * (1 + 2**-9)).all()
 
 
+def q8_0(weight):
+    """weight as GGUF's Q8_0 keeps it."""
+    groups = weight.view(len(weight), -1, GROUP)
+    scales = (groups.abs().amax(-1, keepdim=True) / 127).half().float()
+    return ((groups / scales).round().clamp(-127, 127) * scales).view_as(weight)
+
+
+def test_int8_is_no_worse_than_q8_0_and_much_better_where_values_lie_on_a_grid():
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(48, 128, generator=generator)
+    # What a file of 4 bits holds: multiples of a step from a minimum on, in each group.
+    grid = torch.randint(16, (48, 4, GROUP), generator=generator)
+    steps, minima = torch.rand(48, 4, 1, generator=generator), torch.randn(48, 4, 1, generator=generator)
+    grid = (grid * steps + minima * 3).view(48, 128)
+    for values, most in ((weight, 0.9), (grid, 0.5)):
+        ours, theirs = (squared_errors(values, made) for made in (pack(values, "int8").dequantize(), q8_0(values)))
+        assert (ours <= theirs * (1 + 64 * EPS)).all()
+        assert ours.sum() < most * theirs.sum()
+
+
+def test_what_q8_0_holds_is_kept_as_it_is():
+    blocks = q8_0(torch.randn(48, 128, generator=torch.Generator().manual_seed(0)))
+    packed = pack(blocks, "int8")
+    assert torch.equal(packed.dequantize(), blocks) and packed.codes().abs().view(48, -1, GROUP).amax(-1).eq(127).all()
+
+
 def squared_errors(weight, dense):
     """Of each group, float64 [rows, groups]."""
     return (dense - weight).double().view(len(weight), -1, GROUP).square().sum(-1)
