@@ -139,9 +139,10 @@ def pack(weight: Tensor, format: str) -> PackedMatrix:
     """Quantises weight [rows, cols], of any float dtype and finite, in groups of 32.
 
     int8: scale = max |w| / 127, as GGUF's Q8_0, unless one of max |w| / INT8_STEPS leaves a smaller squared error in
-    the group: so what a Q8_0 file holds comes out as it was. int4: minimum = min w, scale = (max w - min w) / 15, as GGUF's Q4_1,
-    unless another pair leaves a smaller squared error in the group: the least-squares pair of the codes that follow
-    from a range cut as in INT4_CUTS. So 16 equally spaced values, which an int4 file may hold, come out as they were.
+    the group: so what a Q8_0 file holds comes out as it was. int4: minimum = min w, scale = (max w - min w) / 15, as
+    GGUF's Q4_1, unless another pair leaves a smaller squared error in the group: the least-squares pair of the codes
+    that follow from a range cut as in INT4_CUTS. So 16 equally spaced values, which an int4 file may hold, come out as
+    they were.
     Scales and minima are rounded to float16 before the codes are chosen, so that codes fit what is kept. A smaller
     error need not be a smaller perplexity: README, "Perplexity by width".
 
