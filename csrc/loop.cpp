@@ -5,6 +5,8 @@
 #include <algorithm>
 #include <chrono>
 
+#include "openmp.h"
+
 namespace d3rt {
 namespace {
 
@@ -99,10 +101,29 @@ void Loop::log(const std::vector<int32_t>& tokens, double seconds) {
 }
 
 bool Loop::wait(double seconds) {
-  std::unique_lock<std::mutex> lock(mutex_);
-  const bool ended = progress_.wait_for(lock, at_most(seconds), [&] { return !running_; });
+  using Clock = std::chrono::steady_clock;
+  struct Rest {
+    Loop& loop;
+    const Clock::time_point until;
+
+    bool ended() {
+      std::unique_lock<std::mutex> lock(loop.mutex_);
+      return loop.progress_.wait_until(lock, until, [this] { return !loop.running_; });
+    }
+  } rest = {*this, Clock::now() + std::chrono::duration_cast<Clock::duration>(at_most(seconds))};
+  // The OpenMP threads of the caller, who has just run a prefill, would spin for milliseconds on the cores
+  // that the first steps need. They wait here with it instead.
+  const auto each = [](void* rest, int, int) { static_cast<void>(static_cast<Rest*>(rest)->ended()); };
+  if (is_running()) static_cast<void>(run_on_openmp(each, &rest, 0));
+  const bool ended = rest.ended();
+  std::lock_guard<std::mutex> lock(mutex_);
   if (ended && error_) std::rethrow_exception(error_);
   return ended;
+}
+
+bool Loop::is_running() const {
+  std::lock_guard<std::mutex> lock(mutex_);
+  return running_;
 }
 
 std::vector<int32_t> Loop::read(size_t first_step, double seconds, bool* ended) {

@@ -60,6 +60,7 @@ class Loop {
 
  private:
   void join();
+  bool is_running() const;
 
   const int owner_pid_;
   std::vector<LayerUse> programs_;

@@ -3,6 +3,7 @@
 #include "openmp.h"
 
 #include <dlfcn.h>
+#include <unistd.h>
 
 namespace d3rt {
 namespace {
@@ -18,6 +19,8 @@ void look_up(Function& function, const char* name) {
   function = reinterpret_cast<Function>(dlsym(RTLD_DEFAULT, name));
 }
 
+const pid_t kLoadedIn = getpid();
+
 }  // namespace
 
 bool run_on_openmp(void (*job)(void* context, int thread, int num_threads), void* context, int threads) {
@@ -26,6 +29,7 @@ bool run_on_openmp(void (*job)(void* context, int thread, int num_threads), void
     void (*job)(void*, int, int);
     void* context;
   } call{{}, job, context};
+  if (getpid() != kLoadedIn) return false;
   look_up(call.openmp.parallel, "GOMP_parallel");
   look_up(call.openmp.thread_num, "omp_get_thread_num");
   look_up(call.openmp.num_threads, "omp_get_num_threads");

@@ -69,7 +69,9 @@ def test_int8_is_no_worse_than_q8_0_and_much_better_where_values_lie_on_a_grid()
     steps, minima = torch.rand(48, 4, 1, generator=generator), torch.randn(48, 4, 1, generator=generator)
     grid = (grid * steps + minima * 3).view(48, 128)
     for values, most in ((weight, 0.9), (grid, 0.5)):
-        ours, theirs = (squared_errors(values, made) for made in (pack(values, "int8").dequantize(), q8_0(values)))
+        ours, theirs = (
+            squared_errors(values, made) for made in (pack(values, "int8").dequantize(), q8_0(values))
+        )
         assert (ours <= theirs * (1 + 64 * EPS)).all()
         assert ours.sum() < most * theirs.sum()
 
@@ -77,7 +79,10 @@ def test_int8_is_no_worse_than_q8_0_and_much_better_where_values_lie_on_a_grid()
 def test_what_q8_0_holds_is_kept_as_it_is():
     blocks = q8_0(torch.randn(48, 128, generator=torch.Generator().manual_seed(0)))
     packed = pack(blocks, "int8")
-    assert torch.equal(packed.dequantize(), blocks) and packed.codes().abs().view(48, -1, GROUP).amax(-1).eq(127).all()
+    assert (
+        torch.equal(packed.dequantize(), blocks)
+        and packed.codes().abs().view(48, -1, GROUP).amax(-1).eq(127).all()
+    )
 
 
 def squared_errors(weight, dense):
