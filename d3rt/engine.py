@@ -93,7 +93,7 @@ class Engine:
         an empty cache where it is None.
         """
         rows = self.for_rows(request.batch)
-        programs = [rows.number(plan) for plan in plans[1:]]
+        programs = rows.numbers_of(plans[1:])
         self.prepare(rows, programs, None if request.stepwise else request.sampling, request.eos_tokens)
         begin = time.perf_counter()
         (read or self.prefill)(request.prompts, plans[0].layer_set, rows)
@@ -165,12 +165,12 @@ class Engine:
         )
         while wait_for_all and not loop.wait(POLL_SECONDS):
             pass
-        step, ended = 0, False
+        batch, step, ended = request.batch, 0, False
         while not ended:
             tokens, ended = loop.read(step, POLL_SECONDS)
-            for at in range(0, len(tokens), request.batch):
+            for row in torch.tensor(tokens, dtype=torch.int64).view(-1, batch):
                 step += 1
-                yield torch.tensor(tokens[at : at + request.batch])
+                yield row
 
     @staticmethod
     def _seen(request: Request) -> list[list[int]]:
@@ -254,16 +254,17 @@ class Engine:
         cache = self.cache.k
         line = 2 * c.num_key_value_heads * cache.shape[-1] * cache.element_size()
         windows = {
-            plan: Counter(c.sliding_windows[layer] for layer in plan.layer_set.attention_layers)
+            plan: tuple(Counter(c.sliding_windows[layer] for layer in plan.layer_set.attention_layers).items())
             for plan in set(ran)
         }
+        most = [(length, end + 1) for length, end in zip(lengths, ends, strict=True)]
         for step, plan in enumerate(ran, 1):
-            reach = [min(length + step, end + 1) for length, end in zip(lengths, ends, strict=True)]
-            yield line * sum(
-                count * min(positions, window or positions)
-                for window, count in windows[plan].items()
-                for positions in reach
-            )
+            total = 0
+            for window, count in windows[plan]:
+                for length, end in most:
+                    positions = min(length + step, end)
+                    total += count * (min(positions, window) if window else positions)
+            yield line * total
 
     def forced(self, prompts: Sequence[Tensor], tokens: Tensor, plans: Sequence[Plan]) -> Iterator[Tensor]:
         """Yields the logits float32 [B, V], in host memory, from which step i would choose, for each i; it chooses
@@ -272,7 +273,7 @@ class Engine:
         forced = _Forced(count, prompts)
         with self.exclusive():
             rows = self.for_rows(count)
-            programs = [rows.number(plan) for plan in plans[1:]]
+            programs = rows.numbers_of(plans[1:])
             self.prepare(rows, programs, None, ())
             begin = time.perf_counter()
             self.prefill(forced.prompts, plans[0].layer_set, rows)

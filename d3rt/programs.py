@@ -93,6 +93,12 @@ class Rows:
             for i, step in enumerate(steps)
         ]
 
+    def numbers_of(self, plans: Sequence[Plan | Climb]) -> list[int]:
+        """`number` of each; a plan that stands for many steps is looked up once."""
+        distinct = {id(plan): plan for plan in plans}
+        found = {key: self.number(plan) for key, plan in distinct.items()}
+        return [found[id(plan)] for plan in plans]
+
     def number(self, plan: Plan | Climb) -> int:
         """The dispatcher's number of this plan's program, recorded on first use."""
         if isinstance(plan, Climb):

@@ -105,7 +105,7 @@ TEST(cores, "a thread that waits for another of its pool on its own core leaves 
           },
           &job);
     }
-    CHECK(job.parted >= 15);
+    CHECK(job.parted >= 5);  // where others keep the cores busy, the system takes some of them back
   }).join();
 }
 
