@@ -254,7 +254,9 @@ class Engine:
         cache = self.cache.k
         line = 2 * c.num_key_value_heads * cache.shape[-1] * cache.element_size()
         windows = {
-            plan: tuple(Counter(c.sliding_windows[layer] for layer in plan.layer_set.attention_layers).items())
+            plan: tuple(
+                Counter(c.sliding_windows[layer] for layer in plan.layer_set.attention_layers).items()
+            )
             for plan in set(ran)
         }
         most = [(length, end + 1) for length, end in zip(lengths, ends, strict=True)]

@@ -19,8 +19,9 @@ from d3rt.kernels.cases import Case
 
 ISAS = _C.available_isas()
 EPS = torch.finfo(torch.float32).eps
-# How far a float32 value moves at most, relative to itself, when it is rounded to 8 or 11 significant bits.
-ROUNDING = {torch.float32: 0.0, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
+# How far a float32 value moves at most, relative to itself, when it is rounded to 8 or 11 significant bits; or,
+# relative to the largest of its row, to int16 and a scale.
+ROUNDING = {torch.float32: 0.0, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.int16: 2.0**-16}
 MATRIX_OPS = {"norm_qkv_rope", "proj_add", "norm_gate_up", "kv_fill", "norm_logits"}
 FLOAT16_STEP = 2.0**-24  # between the smallest float16 values, which have fewer bits
 
@@ -101,23 +102,23 @@ def whole_numbers(x: Tensor) -> Tensor:
     return torch.where(scale > 0, x / scale, 0).round() * scale
 
 
-def rounded_attention(case: Case, arguments: dict) -> Tensor:
+def rounded_attention(case: Case, arguments: dict, dtype: torch.dtype) -> Tensor:
     """Attention by its definition in float64, but for q and the softmax's weights, which products of 16-bit numbers
-    want rounded: to the cache's dtype, or, where int8 codes are multiplied, to int16. There a line of V gives its
-    scale to its weight; rounding over all positions is no finer than over some."""
+    want rounded to dtype. int16, for an int8 cache: a line of V gives its scale to its weight; rounding over all
+    positions is no finer than over some."""
     out = torch.zeros_like(arguments["q"]).double()
     group = case.H // case.G
 
     def rounded(x: Tensor) -> Tensor:
-        return whole_numbers(x) if case.int8_cache else x.to(case.dtype).double()
+        return whole_numbers(x) if dtype == torch.int16 else x.to(dtype).double()
 
     for slot, (line, last) in enumerate(zip(case.lines or range(case.B), case.pos, strict=True)):
         first = max(0, last + 1 - case.window) if case.window else 0
         seen = [arguments[name][line, :, first : last + 1] for name in ("k_cache", "v_cache")]
         of_v = 1.0
-        if case.int8_cache:
+        if dtype == torch.int16:
             of_v = kv_line.parts(seen[1])[1].double().squeeze(-1).repeat_interleave(group, dim=0)
-            seen = [kv_line.decode(lines) for lines in seen]
+        seen = [kv_line.read(lines) for lines in seen]
         k, v = (values.double().repeat_interleave(group, dim=0) for values in seen)
         q = rounded(arguments["q"][slot].double())
         scores = torch.einsum("hd,htd->ht", q, k) * arguments["scale"]
@@ -140,19 +141,18 @@ def rounding_products(dtype: torch.dtype) -> Iterator[None]:
 
 
 @cache
-def rounded_bounds(case: Case) -> dict[str, Tensor]:
-    """`bounds` of an op that rounds like that: twice the error that the rounding alone makes on the same numbers
-    comes on top, and one rounding of the largest value, where that is 0 by luck."""
+def rounded_bounds(case: Case, dtype: torch.dtype) -> dict[str, Tensor]:
+    """`bounds` of an op that rounds to dtype like that: twice the error that the rounding alone makes on the same
+    numbers comes on top, and one rounding of the largest value, where that is 0 by luck."""
     arguments, allowed = cases.make(case), {}
     if case.op == "attention":
-        rounded = {"out": rounded_attention(case, arguments)}
+        rounded = {"out": rounded_attention(case, arguments, dtype)}
     else:
-        with rounding_products(case.dtype):
+        with rounding_products(dtype):
             rounded = exact_of(case, arguments)
     for name, right in exact(case).items():
         error = (rounded[name] - right).abs().max()
-        rounding = 2.0**-16 if case.op == "attention" and case.int8_cache else ROUNDING[case.dtype]
-        allowed[name] = bounds(case)[name] + 2 * error + rounding * right.abs().max()
+        allowed[name] = bounds(case)[name] + 2 * error + ROUNDING[dtype] * right.abs().max()
     return allowed
 
 
@@ -169,7 +169,10 @@ def rounds_on(case: Case, isa: str) -> bool:
 
 def allowed_on(case: Case, isa: str) -> dict[str, Tensor]:
     """How far the kernels of this ISA may be: `bounds`, or rounded_bounds where they round."""
-    return rounded_bounds(case) if rounds_on(case, isa) else bounds(case)
+    if not rounds_on(case, isa):
+        return bounds(case)
+    whole = case.op == "attention" and case.int8_cache
+    return rounded_bounds(case, torch.int16 if whole else case.dtype)
 
 
 def bounds_of(case: Case, arguments: dict, right: dict[str, Tensor]) -> dict[str, Tensor]:

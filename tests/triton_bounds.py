@@ -11,7 +11,7 @@ from d3rt.kernels.reference import FillLayer
 def allowed(case: Case, arch: int) -> dict[str, torch.Tensor]:
     """native_ops.bounds, or rounded_bounds where tensor cores multiply."""
     rounds = case.op == "attention" and arch >= 80 and case.dtype != torch.float32
-    return native_ops.rounded_bounds(case) if rounds else native_ops.bounds(case)
+    return native_ops.rounded_bounds(case, case.dtype) if rounds else native_ops.bounds(case)
 
 
 def widened(arguments: dict) -> dict:

@@ -6,7 +6,7 @@
 #include "floats.h"
 
 #if defined(D3RT_ISA_avx512) || defined(D3RT_ISA_avx512_bf16)
-#define D3RT_AVX512  // the two differ in how bfloat16 is multiplied: attention.h, halves_dot.h
+#define D3RT_AVX512  // the two differ in how bfloat16 is multiplied: attend_products.h, halves_dot.h
 #endif
 #if defined(D3RT_ISA_avx2) || defined(D3RT_AVX512)
 #include <immintrin.h>
@@ -343,6 +343,13 @@ D3RT_INLINE Pair load_pair_once(const bf16* p) {
 #if defined(D3RT_AVX512) || defined(D3RT_ISA_avx2)
 #define D3RT_INT16_PRODUCTS  // int16 are multiplied two to a lane, and summed exactly in int32
 
+// The two 16-bit numbers at p.
+D3RT_INLINE int32_t two_at(const void* p) {
+  int32_t two;
+  __builtin_memcpy(&two, p, sizeof two);
+  return two;
+}
+
 struct Words {
   static constexpr int kCount = 2 * Vec::kLanes;
 #if defined(D3RT_AVX512)
@@ -367,9 +374,7 @@ D3RT_INLINE void store(int16_t* p, Vec a) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(_mm512_cvtps_epi32(a.v)));
 }
 D3RT_INLINE Words repeat_two(const int16_t* p) {
-  int32_t two;
-  __builtin_memcpy(&two, p, sizeof two);
-  return {_mm512_set1_epi32(two)};
+  return {_mm512_set1_epi32(two_at(p))};
 }
 D3RT_INLINE void zip(Words a, Words b, Words* some, Words* others) {
   *some = {_mm512_unpacklo_epi16(a.v, b.v)};
@@ -398,9 +403,7 @@ D3RT_INLINE void store(int16_t* p, Vec a) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), packed);
 }
 D3RT_INLINE Words repeat_two(const int16_t* p) {
-  int32_t two;
-  __builtin_memcpy(&two, p, sizeof two);
-  return {_mm256_set1_epi32(two)};
+  return {_mm256_set1_epi32(two_at(p))};
 }
 D3RT_INLINE void zip(Words a, Words b, Words* some, Words* others) {
   *some = {_mm256_unpacklo_epi16(a.v, b.v)};
@@ -426,9 +429,7 @@ D3RT_INLINE Halves load_partial_factors(const bf16* p, int n) {
 }
 // The two at p, in every lane.
 D3RT_INLINE Halves repeat_two(const bf16* p) {
-  int32_t two;
-  __builtin_memcpy(&two, p, sizeof two);
-  return {(__m512bh)_mm512_set1_epi32(two)};
+  return {(__m512bh)_mm512_set1_epi32(two_at(p))};
 }
 // Lane i: a[2 i] b[2 i] + a[2 i + 1] b[2 i + 1] more than before.
 D3RT_INLINE Vec add_products(Vec sum, Halves a, Halves b) { return {_mm512_dpbf16_ps(sum.v, a.v, b.v)}; }
