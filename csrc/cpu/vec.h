@@ -373,9 +373,7 @@ D3RT_INLINE Vec floats_of(Whole a) { return {_mm512_cvtepi32_ps(a.v)}; }
 D3RT_INLINE void store(int16_t* p, Vec a) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(_mm512_cvtps_epi32(a.v)));
 }
-D3RT_INLINE Words repeat_two(const int16_t* p) {
-  return {_mm512_set1_epi32(two_at(p))};
-}
+D3RT_INLINE Words repeat_two(const int16_t* p) { return {_mm512_set1_epi32(two_at(p))}; }
 D3RT_INLINE void zip(Words a, Words b, Words* some, Words* others) {
   *some = {_mm512_unpacklo_epi16(a.v, b.v)};
   *others = {_mm512_unpackhi_epi16(a.v, b.v)};
@@ -402,9 +400,7 @@ D3RT_INLINE void store(int16_t* p, Vec a) {
   const __m128i packed = _mm_packs_epi32(_mm256_castsi256_si128(whole), _mm256_extracti128_si256(whole, 1));
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), packed);
 }
-D3RT_INLINE Words repeat_two(const int16_t* p) {
-  return {_mm256_set1_epi32(two_at(p))};
-}
+D3RT_INLINE Words repeat_two(const int16_t* p) { return {_mm256_set1_epi32(two_at(p))}; }
 D3RT_INLINE void zip(Words a, Words b, Words* some, Words* others) {
   *some = {_mm256_unpacklo_epi16(a.v, b.v)};
   *others = {_mm256_unpackhi_epi16(a.v, b.v)};
@@ -428,9 +424,7 @@ D3RT_INLINE Halves load_partial_factors(const bf16* p, int n) {
   return {(__m512bh)_mm512_maskz_loadu_epi16(static_cast<__mmask32>((1ull << n) - 1), p)};
 }
 // The two at p, in every lane.
-D3RT_INLINE Halves repeat_two(const bf16* p) {
-  return {(__m512bh)_mm512_set1_epi32(two_at(p))};
-}
+D3RT_INLINE Halves repeat_two(const bf16* p) { return {(__m512bh)_mm512_set1_epi32(two_at(p))}; }
 // Lane i: a[2 i] b[2 i] + a[2 i + 1] b[2 i + 1] more than before.
 D3RT_INLINE Vec add_products(Vec sum, Halves a, Halves b) { return {_mm512_dpbf16_ps(sum.v, a.v, b.v)}; }
 D3RT_INLINE Vec floats_of(Vec a) { return a; }
