@@ -60,6 +60,19 @@ py::tuple read_tokens(Loop& loop, size_t first_step, double seconds) {
   return py::make_tuple(tokens, ended);
 }
 
+bool wait_for_end(Loop& loop, double seconds) {
+  bool raised = false, ended = false;
+  {
+    py::gil_scoped_release release;
+    ended = loop.wait(seconds, [&] {
+      py::gil_scoped_acquire acquire;
+      return raised = PyErr_CheckSignals() != 0;
+    });
+  }
+  if (raised) throw py::error_already_set();
+  return ended;
+}
+
 namespace {
 
 // An arena that also keeps its tensors alive, and remembers their views: asking torch for one costs
@@ -358,7 +371,9 @@ PYBIND11_MODULE(_C, m) {
           },
           py::kw_only(), py::arg("programs"), py::arg("eos_tokens"), py::arg("pad_token"),
           py::arg("sampling"), py::arg("seen"))
-      .def("wait", &Dispatcher::wait, py::arg("seconds"), py::call_guard<py::gil_scoped_release>())
+      .def(
+          "wait", [](Dispatcher& d, double seconds) { return wait_for_end(d, seconds); },
+          py::arg("seconds"))
       .def(
           "read",
           [](Dispatcher& d, size_t first_step, double seconds) {

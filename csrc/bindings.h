@@ -15,6 +15,8 @@ TensorView view_of(const py::object& tensor);
 
 // (tokens, ended), see Loop::read.
 py::tuple read_tokens(Loop& loop, size_t first_step, double seconds);
+// See Loop::wait. What Python's signal handlers raise ends it.
+bool wait_for_end(Loop& loop, double seconds);
 
 void bind_cuda(py::module_ m);  // bindings_cuda.cpp
 

@@ -119,7 +119,9 @@ void bind_cuda(py::module_ m) {
             d.start({first, std::move(programs), std::move(eos_tokens)});
           },
           py::kw_only(), py::arg("first"), py::arg("programs"), py::arg("eos_tokens"), NoGil())
-      .def("wait", &cuda::Dispatcher::wait, py::arg("seconds"), NoGil())
+      .def(
+          "wait", [](cuda::Dispatcher& d, double seconds) { return wait_for_end(d, seconds); },
+          py::arg("seconds"))
       .def(
           "read",
           [](cuda::Dispatcher& d, size_t first_step, double seconds) {

@@ -10,6 +10,9 @@
 namespace d3rt {
 namespace {
 
+// How long a wait goes on before it asks whether it is interrupted.
+constexpr auto kBetweenQuestions = std::chrono::milliseconds(100);
+
 // A waiting time that the clock can add to now; 3 years stand for anything longer.
 std::chrono::duration<double> at_most(double seconds) {
   constexpr double kLongest = 1e8;
@@ -100,24 +103,44 @@ void Loop::log(const std::vector<int32_t>& tokens, double seconds) {
   if (token_readers_ > 0) progress_.notify_all();  // whoever waits for the end only is not woken for a token
 }
 
-bool Loop::wait(double seconds) {
+bool Loop::wait(double seconds, const std::function<bool()>& interrupted) {
   using Clock = std::chrono::steady_clock;
-  struct Rest {
+  struct Wait {
     Loop& loop;
+    const std::function<bool()>& interrupted;
     const Clock::time_point until;
+    bool given_up = false;  // guarded by the loop's mutex
 
-    bool ended() {
+    void follow() {
       std::unique_lock<std::mutex> lock(loop.mutex_);
-      return loop.progress_.wait_until(lock, until, [this] { return !loop.running_; });
+      loop.progress_.wait_until(lock, until, [this] { return !loop.running_ || given_up; });
     }
-  } rest = {*this, Clock::now() + std::chrono::duration_cast<Clock::duration>(at_most(seconds))};
+    bool lead() {
+      std::unique_lock<std::mutex> lock(loop.mutex_);
+      const auto ended = [this] { return !loop.running_; };
+      while (!given_up) {
+        const auto next = std::min(until, Clock::now() + kBetweenQuestions);
+        if (loop.progress_.wait_until(lock, next, ended) || next == until) break;
+        if (!interrupted) continue;
+        lock.unlock();
+        const bool stop = interrupted();
+        lock.lock();
+        given_up = stop;
+      }
+      if (given_up) loop.progress_.notify_all();
+      return ended();
+    }
+  } wait = {*this, interrupted, Clock::now() + std::chrono::duration_cast<Clock::duration>(at_most(seconds))};
   // The OpenMP threads of the caller, who has just run a prefill, would spin for milliseconds on the cores
   // that the first steps need. They wait here with it instead.
-  const auto each = [](void* rest, int, int) { static_cast<void>(static_cast<Rest*>(rest)->ended()); };
-  if (is_running()) static_cast<void>(run_on_openmp(each, &rest, 0));
-  const bool ended = rest.ended();
+  const auto each = [](void* wait, int thread, int) {
+    if (thread != 0) static_cast<Wait*>(wait)->follow();
+    if (thread == 0) static_cast<void>(static_cast<Wait*>(wait)->lead());
+  };
+  if (is_running()) static_cast<void>(run_on_openmp(each, &wait, 0));
+  const bool ended = wait.lead();
   std::lock_guard<std::mutex> lock(mutex_);
-  if (ended && error_) std::rethrow_exception(error_);
+  if (ended && error_ && !wait.given_up) std::rethrow_exception(error_);
   return ended;
 }
 

@@ -21,7 +21,8 @@ class Loop {
   Loop& operator=(const Loop&) = delete;
 
   // Waits until the generation has ended or the time is over; true when ended. Rethrows what stopped it.
-  bool wait(double seconds);
+  // `interrupted`, which the calling thread asks ten times a second, ends the wait as well.
+  bool wait(double seconds, const std::function<bool()>& interrupted = {});
   // Tokens of steps from `first_step` on that exist, [steps * B], waiting for at least one; `ended` when none
   // follow.
   std::vector<int32_t> read(size_t first_step, double seconds, bool* ended);

@@ -182,12 +182,13 @@ constexpr bool kWarms<cpu::NormLogitsArgs> = true;
 
 template <class Args>
 Node node(const char* op, int phases, int64_t scratch_floats, cpu::Kernel<Args> kernel, const Args& args,
-          std::function<void()> guard = {}) {
+          std::function<void()> guard = {}, int64_t shared_things = 0) {
   return {
       op,
       phases,
       kWarms<Args>,
       scratch_floats,
+      shared_things,
       [kernel, args](float* scratch, int phase, const cpu::Worker& me) { kernel(args, scratch, phase, me); },
       std::move(guard)};
 }
@@ -231,10 +232,11 @@ Node bind(const NormQkvRope& op, const Arena& arena, const cpu::Kernels& kernels
   args.H = static_cast<int>(H);
   args.G = static_cast<int>(G);
   args.d = static_cast<int>(d);
-  return node("norm_qkv_rope", 2, B * (H + 2 * G) * d + num_threads * norm_scratch(B, D),
+  return node("norm_qkv_rope", 1, B * (H + 2 * G) * d + num_threads * norm_scratch(B, D),
               kernels.norm_qkv_rope, args,
               guard_places("norm_qkv_rope", args.rope.pos, std::min(S, op.cos.size(0)), args.cache.lines,
-                           op.k_cache.size(0), B));
+                           op.k_cache.size(0), B),
+              H + 2 * G);
 }
 
 Node bind(const Attention& op, const Arena& arena, const cpu::Kernels& kernels, int) {
@@ -260,8 +262,8 @@ Node bind(const Attention& op, const Arena& arena, const cpu::Kernels& kernels, 
   args.d = static_cast<int>(d);
   args.S = static_cast<int>(S);
   const int64_t chunks = (S + cpu::kAttentionChunk - 1) / cpu::kAttentionChunk;
-  return node("attention", 2, B * H * chunks * (d + 2), kernels.attention, args,
-              guard_places("attention", args.pos, S, args.cache.lines, op.k_cache.size(0), B));
+  return node("attention", 1, B * H * chunks * (d + 2), kernels.attention, args,
+              guard_places("attention", args.pos, S, args.cache.lines, op.k_cache.size(0), B), B * G);
 }
 
 Node bind(const ProjAdd& op, const Arena& arena, const cpu::Kernels& kernels, int num_threads) {
@@ -326,10 +328,11 @@ Node bind(const KvFill& op, const Arena& arena, const cpu::Kernels& kernels, int
   for (const KvFill::Layer& layer : op.layers)
     if (layer.k_cache.size(0) != first.size(0))
       to.refuse("the layers' caches differ in their number of lines");
-  Node filled = node("kv_fill", 2, args.num_layers * B * 2 * G * d + num_threads * norm_scratch(B, D),
+  Node filled = node("kv_fill", 1, args.num_layers * B * 2 * G * d + num_threads * norm_scratch(B, D),
                      kernels.kv_fill, args,
                      guard_places("kv_fill", args.rope.pos, std::min(S, op.cos.size(0)),
-                                  layers->front().cache.lines, first.size(0), B));
+                                  layers->front().cache.lines, first.size(0), B),
+                     args.num_layers * 2 * G);
   filled.run = [layers, run = std::move(filled.run)](float* scratch, int phase, const cpu::Worker& me) {
     run(scratch, phase, me);  // `layers` lives as long as the node
   };

@@ -172,6 +172,7 @@ struct Node {
   int phases = 1;
   bool warms = false;  // knows the phase cpu::kWarm
   int64_t scratch_floats = 0;
+  int64_t shared_things = 0;  // that several threads may make together (cpu::Made)
   std::function<void(float* scratch, int phase, const cpu::Worker& me)> run;
   std::function<void()> guard;  // checks token or pos before a replay; throws InvalidArgument
 };

@@ -12,6 +12,10 @@ Tape::Tape(std::shared_ptr<ThreadPool> pool, std::shared_ptr<Arena> arena, const
 
 void Tape::append(Node node) {
   arena_->reserve_scratch(node.scratch_floats);
+  if (node.shared_things > num_made_) {
+    made_.reset(new cpu::Made[static_cast<size_t>(node.shared_things)]);
+    num_made_ = node.shared_things;
+  }
   nodes_.push_back(std::move(node));
 }
 
@@ -22,7 +26,8 @@ void Tape::replay() {
       [](void* context, int thread, int num_threads) {
         Tape& tape = *static_cast<Tape*>(context);
         float* scratch = tape.arena_->scratch();
-        const cpu::Worker me = {thread, num_threads, num_threads > 1 ? tape.left_.get() : nullptr};
+        const cpu::Worker me = {thread, num_threads, num_threads > 1 ? tape.left_.get() : nullptr,
+                                tape.made_.get()};
         const size_t count = tape.nodes_.size();
         for (size_t i = 0; i < count; ++i) {
           const Node& node = tape.nodes_[i];
@@ -42,15 +47,16 @@ void Tape::replay_beside_torch() {
   struct Part {
     const Node& node;
     float* scratch;
+    cpu::Made* made;
     int phase;
   };
   for (const Node& node : nodes_)
     for (int phase = 0; phase < node.phases; ++phase) {
-      Part part{node, arena_->scratch(), phase};
+      Part part{node, arena_->scratch(), made_.get(), phase};
       const bool done = run_on_openmp(
           [](void* context, int thread, int num_threads) {
             const Part& part = *static_cast<const Part*>(context);
-            part.node.run(part.scratch, part.phase, {thread, num_threads, nullptr});
+            part.node.run(part.scratch, part.phase, {thread, num_threads, nullptr, part.made});
           },
           &part, pool_->size());
       if (!done) return replay();  // which none of it has been yet: the first attempt already says no

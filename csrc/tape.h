@@ -35,6 +35,8 @@ class Tape {
   const cpu::Kernels& kernels_;
   std::vector<Node> nodes_;
   std::unique_ptr<cpu::Left[]> left_;  // one for each thread
+  std::unique_ptr<cpu::Made[]> made_;  // as many as the op that shares most
+  int64_t num_made_ = 0;
 };
 
 }  // namespace d3rt

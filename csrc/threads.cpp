@@ -33,6 +33,8 @@ constexpr int kSpinsBeforeYield = 300;
 constexpr int kMostWatched = 8;
 // Threads of a larger pool stay where they are.
 constexpr int kMostMoved = 256;
+// Stands for the core of a thread that is leaving it.
+constexpr int kOnTheWay = -1;
 
 }  // namespace
 
@@ -104,18 +106,23 @@ void ThreadPool::run(Job job, void* context) {
 // its load balancing comes round: tens of milliseconds in which the other core has nothing to do.
 bool ThreadPool::give_way(int thread, bool may_move) {
   const int mine = current_core();
+  std::atomic<int>& core = arrivals_[static_cast<size_t>(thread)].core;
+  core.store(mine, std::memory_order_relaxed);
   if (may_move && mine >= 0 && num_threads_ <= kMostMoved) {
     int taken[kMostMoved], count = 0;  // no vector: a step allocates nothing
     bool shared = false;
     for (int other = 0; other < num_threads_; ++other) {
       if (other == thread) continue;
-      const int core = arrivals_[static_cast<size_t>(other)].core.load(std::memory_order_relaxed);
-      taken[count++] = core;
-      shared |= core == mine;
+      taken[count] = arrivals_[static_cast<size_t>(other)].core.load(std::memory_order_relaxed);
+      shared |= taken[count++] == mine;
     }
-    if (shared && leave_cores(taken, count)) {
-      arrivals_[static_cast<size_t>(thread)].core.store(current_core(), std::memory_order_relaxed);
-      return true;
+    if (shared) {
+      // The other runs as soon as this one is on its way. If it then found both still here, it would leave
+      // as well, to where this one goes, and so on at every barrier.
+      core.store(kOnTheWay, std::memory_order_relaxed);
+      const bool moved = leave_cores(taken, count);
+      core.store(current_core(), std::memory_order_relaxed);
+      if (moved) return true;
     }
   }
   std::this_thread::yield();

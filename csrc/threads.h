@@ -46,7 +46,7 @@ class ThreadPool {
   // from core to core where a common counter would travel twice, and then a word that all have arrived.
   struct alignas(64) Arrivals {
     std::atomic<uint32_t> count{0};
-    std::atomic<int> core{-1};  // where it was when its job began, or where it has moved since
+    std::atomic<int> core{-1};  // where it was when its job began or it last waited for long; -1: on the way
   };
   const std::unique_ptr<Arrivals[]> arrivals_;
   alignas(64) std::atomic<uint32_t> arrived_{0};  // by all threads together, where they are many

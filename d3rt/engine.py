@@ -6,6 +6,7 @@ how tokens are chosen, and knows neither arguments nor policies: those are the r
 
 from __future__ import annotations
 
+import math
 import os
 import threading
 import time
@@ -163,8 +164,8 @@ class Engine:
             sampling=request.sampling,
             seen=self._seen(request),
         )
-        while wait_for_all and not loop.wait(POLL_SECONDS):
-            pass
+        if wait_for_all:
+            loop.wait(math.inf)
         batch, step, ended = request.batch, 0, False
         while not ended:
             tokens, ended = loop.read(step, POLL_SECONDS)

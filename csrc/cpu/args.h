@@ -215,10 +215,18 @@ struct alignas(64) Left {
   uint64_t blocks = 0;
 };
 
-// The thread that runs a kernel. left: [num_threads], or null where the shares are fixed.
+// How many parts of a thing are made that several threads make together, like the rows of a head. Who makes
+// the last one goes on with the whole (completes in gemv.h), so that no barrier is needed. 0 between phases.
+struct alignas(64) Made {
+  uint32_t parts = 0;
+};
+
+// The thread that runs a kernel. left: [num_threads], or null where the shares are fixed. made: as many as
+// the op asked for (Node::shared_things in ops.h).
 struct Worker {
   int thread, num_threads;
   Left* left;
+  Made* made;
 };
 
 template <class Args>

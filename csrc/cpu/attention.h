@@ -1,7 +1,8 @@
 // attention: one query per slot over its cached positions, grouped heads, split over chunks of positions.
-// Phase 0: each (slot, K,V head, chunk) gives, per query head, a maximum, a sum and a weighted V (online
-// softmax, Milakov & Gimelshein 2018, arXiv 1805.02867; split over K,V as in Flash-Decoding). Phase 1 joins
-// the chunks in order. Scratch: [B, H, chunks, d + 2] with chunks = ceil(S / kAttentionChunk).
+// Each (slot, K,V head, chunk) gives, per query head, a maximum, a sum and a weighted V (online softmax,
+// Milakov & Gimelshein 2018, arXiv 1805.02867; split over K,V as in Flash-Decoding). The thread that makes
+// the last chunk of a head joins them, in the order of positions. Scratch: [B, H, chunks, d + 2] with chunks
+// = ceil(S / kAttentionChunk).
 #pragma once
 
 #include <type_traits>
@@ -169,7 +170,26 @@ D3RT_INLINE void add_scaled(float* out, const float* values, float weight, int n
                   n - i);
 }
 
-static void attention(const AttentionArgs& a, float* scratch, int phase, const Worker& me) {
+// out = the attention of one query: its chunks first .. last, joined. partials: [chunks, d + 2].
+D3RT_INLINE void join_chunks(const float* partials, int first, int last, int d, float* out) {
+  const int64_t width = d + 2;
+  float maximum = partials[first * width + d];
+  for (int c = first + 1; c <= last; ++c) {
+    const float other = partials[c * width + d];
+    maximum = other > maximum ? other : maximum;
+  }
+  for (int i = 0; i < d; ++i) out[i] = 0;
+  float total = 0;
+  for (int c = first; c <= last; ++c) {
+    const float* partial = partials + c * width;
+    const float weight = expf(partial[d] - maximum);
+    total += weight * partial[d + 1];
+    add_scaled(out, partial, weight, d);
+  }
+  for (int i = 0; i < d; ++i) out[i] /= total;
+}
+
+static void attention(const AttentionArgs& a, float* scratch, int, const Worker& me) {
   const int64_t chunks = (a.S + kAttentionChunk - 1) / kAttentionChunk, width = a.d + 2;
   const int group = a.H / a.G;
   // Chunks are counted over absolute positions; a window only moves the first one.
@@ -179,88 +199,73 @@ static void attention(const AttentionArgs& a, float* scratch, int phase, const W
   };
   const auto first_chunk = [&](int slot) { return begin_of(slot) / kAttentionChunk; };
   const auto last_chunk = [&](int slot) { return a.pos[slot] / kAttentionChunk; };
-
-  if (phase == 0) {
-    const auto span_of = [&](int slot, int head, int chunk) {
-      const int begin = begin_of(slot), length = a.pos[slot] + 1;
-      const int from = chunk * kAttentionChunk > begin ? chunk * kAttentionChunk : begin;
-      const int to = (chunk + 1) * kAttentionChunk < length ? (chunk + 1) * kAttentionChunk : length;
-      return Span{head_offset(a.cache, slot, head) + from * a.cache.pos_stride, to - from};
-    };
-    int64_t units = 0;
-    for (int slot = 0; slot < a.B; ++slot) units += (last_chunk(slot) - first_chunk(slot) + 1) * a.G;
-    const Range mine = share(units, me);
-    int64_t unit = 0;
-    alignas(64) float ready[kQueryGroup * kMostPaired];
-    float scales[kQueryGroup];
-    const float* made_ready = nullptr;  // of which those are: chunk after chunk has the same queries
-    for (int slot = 0; slot < a.B; ++slot) {
-      for (int head = 0; head < a.G; ++head) {
-        for (int chunk = first_chunk(slot); chunk <= last_chunk(slot); ++chunk, ++unit) {
-          if (unit < mine.begin || unit >= mine.end) continue;
-          const Span span = span_of(slot, head, chunk);
-          Span following = {0, 0};
-          if (unit + 1 < mine.end && chunk < last_chunk(slot))
-            following = span_of(slot, head, chunk + 1);
-          else if (unit + 1 < mine.end && head + 1 < a.G)
-            following = span_of(slot, head + 1, first_chunk(slot));
-          else if (unit + 1 < mine.end && slot + 1 < a.B)
-            following = span_of(slot + 1, 0, first_chunk(slot + 1));
-          for (int h = 0; h < group; h += kQueryGroup) {
-            const int queries = group - h < kQueryGroup ? group - h : kQueryGroup;
-            const Span next = h + queries < group ? Span{0, 0} : following;
-            const int64_t query = static_cast<int64_t>(slot) * a.H + head * group + h;
-            float* partial = scratch + (query * chunks + chunk) * width;
-            const float* q = a.q + query * a.d;
-            const auto attend = [&](auto of) {  // a null pointer to what the cache is made of
-              using C = std::remove_const_t<std::remove_pointer_t<decltype(of)>>;
-              using M = typename MultipliedAs<C>::type;
-              for (int i = 0; made_ready != q && i < queries; ++i) {
-                M* one = reinterpret_cast<M*>(ready) + i * a.d;
-                scales[i] = a.scale * (in_pairs(a.d) ? make_ready(q + i * a.d, a.d, of, one) : 1);
-              }
-              made_ready = q;
-              attend_chunk<C>(a, span, next, q, ready, scales, queries, partial, chunks * width);
-            };
-            switch (a.cache.store) {
-              case Store::f32:
-                attend(static_cast<const float*>(nullptr));
-                break;
-              case Store::bf16:
-                attend(static_cast<const bf16*>(nullptr));
-                break;
-              case Store::int8:
-                attend(static_cast<const int8_t*>(nullptr));
-                break;
-              default:
-                attend(static_cast<const f16*>(nullptr));
+  const auto span_of = [&](int slot, int head, int chunk) {
+    const int begin = begin_of(slot), length = a.pos[slot] + 1;
+    const int from = chunk * kAttentionChunk > begin ? chunk * kAttentionChunk : begin;
+    const int to = (chunk + 1) * kAttentionChunk < length ? (chunk + 1) * kAttentionChunk : length;
+    return Span{head_offset(a.cache, slot, head) + from * a.cache.pos_stride, to - from};
+  };
+  int64_t units = 0;
+  for (int slot = 0; slot < a.B; ++slot) units += (last_chunk(slot) - first_chunk(slot) + 1) * a.G;
+  const Range mine = share(units, me);
+  alignas(64) float ready[kQueryGroup * kMostPaired];
+  float scales[kQueryGroup];
+  const float* made_ready = nullptr;  // of which those are: chunk after chunk has the same queries
+  int64_t unit = 0;                   // at the first chunk of each head
+  for (int slot = 0; slot < a.B; ++slot) {
+    const int first = first_chunk(slot), last = last_chunk(slot), count = last - first + 1;
+    for (int head = 0; head < a.G; ++head, unit += count) {
+      const int begin = mine.begin > unit ? static_cast<int>(mine.begin - unit) : 0;
+      const int end = mine.end < unit + count ? static_cast<int>(mine.end - unit) : count;
+      if (begin >= end) continue;
+      for (int chunk = first + begin; chunk < first + end; ++chunk) {
+        const Span span = span_of(slot, head, chunk);
+        Span following = {0, 0};
+        if (chunk + 1 < first + end)
+          following = span_of(slot, head, chunk + 1);
+        else if (unit + end < mine.end && head + 1 < a.G)
+          following = span_of(slot, head + 1, first);
+        else if (unit + end < mine.end && slot + 1 < a.B)
+          following = span_of(slot + 1, 0, first_chunk(slot + 1));
+        for (int h = 0; h < group; h += kQueryGroup) {
+          const int queries = group - h < kQueryGroup ? group - h : kQueryGroup;
+          const Span next = h + queries < group ? Span{0, 0} : following;
+          const int64_t query = static_cast<int64_t>(slot) * a.H + head * group + h;
+          float* partial = scratch + (query * chunks + chunk) * width;
+          const float* q = a.q + query * a.d;
+          const auto attend = [&](auto of) {  // a null pointer to what the cache is made of
+            using C = std::remove_const_t<std::remove_pointer_t<decltype(of)>>;
+            using M = typename MultipliedAs<C>::type;
+            for (int i = 0; made_ready != q && i < queries; ++i) {
+              M* one = reinterpret_cast<M*>(ready) + i * a.d;
+              scales[i] = a.scale * (in_pairs(a.d) ? make_ready(q + i * a.d, a.d, of, one) : 1);
             }
+            made_ready = q;
+            attend_chunk<C>(a, span, next, q, ready, scales, queries, partial, chunks * width);
+          };
+          switch (a.cache.store) {
+            case Store::f32:
+              attend(static_cast<const float*>(nullptr));
+              break;
+            case Store::bf16:
+              attend(static_cast<const bf16*>(nullptr));
+              break;
+            case Store::int8:
+              attend(static_cast<const int8_t*>(nullptr));
+              break;
+            default:
+              attend(static_cast<const f16*>(nullptr));
           }
         }
       }
+      if (!completes(me.made[slot * a.G + head], static_cast<uint32_t>(end - begin),
+                     static_cast<uint32_t>(count)))
+        continue;
+      for (int h = 0; h < group; ++h) {
+        const int64_t query = static_cast<int64_t>(slot) * a.H + head * group + h;
+        join_chunks(scratch + query * chunks * width, first, last, a.d, a.out + query * a.d);
+      }
     }
-    return;
-  }
-  const Range mine = share(static_cast<int64_t>(a.B) * a.H, me);
-  for (int64_t query = mine.begin; query < mine.end; ++query) {
-    const int slot = static_cast<int>(query / a.H);
-    const int first = first_chunk(slot), last = last_chunk(slot);
-    const float* partials = scratch + query * chunks * width;
-    float* out = a.out + query * a.d;
-    float maximum = partials[first * width + a.d];
-    for (int c = first + 1; c <= last; ++c) {
-      const float other = partials[c * width + a.d];
-      maximum = other > maximum ? other : maximum;
-    }
-    for (int i = 0; i < a.d; ++i) out[i] = 0;
-    float total = 0;
-    for (int c = first; c <= last; ++c) {
-      const float* partial = partials + c * width;
-      const float weight = expf(partial[a.d] - maximum);
-      total += weight * partial[a.d + 1];
-      add_scaled(out, partial, weight, a.d);
-    }
-    for (int i = 0; i < a.d; ++i) out[i] /= total;
   }
 }
 

@@ -70,6 +70,15 @@ D3RT_INLINE void share_out(int64_t total, int64_t block, const Worker& me, const
     for (int64_t at; (at = take<false>(me.left[(me.thread + i) % me.num_threads])) >= 0;) do_block(at);
 }
 
+// `parts` more of the `all` parts of a thing are made. True for one of the threads that make it: the one that
+// came last, which then sees what the others wrote.
+D3RT_INLINE bool completes(Made& made, uint32_t parts, uint32_t all) {
+  if (parts == all) return true;
+  if (__atomic_add_fetch(&made.parts, parts, __ATOMIC_ACQ_REL) != all) return false;
+  __atomic_store_n(&made.parts, 0, __ATOMIC_RELAXED);
+  return true;
+}
+
 // One row, one slot: four accumulators hide the latency of fma. kAhead: bytes that are prefetched ahead of w.
 template <int kAhead = 0, class W>
 D3RT_INLINE float dot(const W* w, const float* x, int64_t n) {
@@ -261,6 +270,13 @@ D3RT_INLINE Input prepare(float* memory, const float* x, int B, int64_t cols, co
 // Work is shared out in granules: a row of a plain matrix, a tile of a packed one.
 D3RT_INLINE int64_t granules(const Matrix& m) {
   return is_packed(m) ? (m.rows + kTileRows - 1) / kTileRows : m.rows;
+}
+
+// The rows of these granules.
+D3RT_INLINE Range rows_of(const Matrix& m, Range part) {
+  if (!is_packed(m)) return part;
+  const int64_t end = part.end * kTileRows;
+  return {part.begin * kTileRows, end < m.rows ? end : m.rows};
 }
 
 // Rows in a block that is taken at once of `total`, for share_out: small enough that the last one makes

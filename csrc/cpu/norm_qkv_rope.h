@@ -1,7 +1,7 @@
 // norm_qkv_rope: RMSNorm + Q,K,V projection (+ bias, + q/k norm) + RoPE, K,V written at pos. The fused
-// kernel. Phase 0 streams the three weight matrices as one range of rows, so that threads share them evenly
-// whatever the number of heads; phase 1 finishes whole heads. Scratch: [B, rows] projections, then
-// norm_scratch for each thread.
+// kernel. The three weight matrices are streamed as one range of rows, so that threads share them evenly
+// whatever the number of heads; a head is finished by the thread that projects the last of it. Scratch: [B,
+// rows] projections, then norm_scratch for each thread.
 #pragma once
 
 #include "rope.h"
@@ -14,39 +14,38 @@ static void norm_qkv_rope(const NormQkvRopeArgs& a, float* scratch, int phase, c
   const int64_t total = granules(a.w[0]) + granules(a.w[1]) + granules(a.w[2]);
   const int64_t block = block_of(a.w[0], total, me.num_threads);
   if (phase == kWarm) return warm(a.w, 3, first_share(total, block, me));
-  if (phase == 0) {
-    float* own = scratch + a.B * rows + me.thread * norm_scratch(a.B, a.D);
-    const Input in = norm_input(own, a.x, a.norm, a.eps, a.B, a.D, a.w, 3);
-    share_out(total, block, me, [&](Range streamed) {
-      int64_t offset = 0;
-      float* out = projected;
-      for (const Matrix& w : a.w) {
-        rows_dot(w, in, a.B, clip(streamed, offset, granules(w)), [&](int slot, int64_t row, float value) {
-          out[slot * rows + row] = w.bias ? value + w.bias[row] : value;
-        });
-        offset += granules(w);
-        out += w.rows;
+  const auto finish = [&](int head) {
+    for (int slot = 0; slot < a.B; ++slot) {
+      float* values = projected + slot * rows + static_cast<int64_t>(head) * a.d;
+      const int64_t pos = a.rope.pos[slot];
+      if (head < a.H) {
+        norm_and_rotate(values, a.q_norm, a.rope, slot, a.d, a.eps);
+        float* q = a.q + (static_cast<int64_t>(slot) * a.H + head) * a.d;
+        for (int i = 0; i < a.d; ++i) q[i] = values[i];
+      } else if (head < a.H + a.G) {
+        norm_and_rotate(values, a.k_norm, a.rope, slot, a.d, a.eps);
+        write_cache(a.cache, a.cache.k, slot, head - a.H, pos, values, a.d);
+      } else {
+        write_cache(a.cache, a.cache.v, slot, head - a.H - a.G, pos, values, a.d);
       }
-    });
-    return;
-  }
-  const int heads = a.H + 2 * a.G;
-  const Range mine = share(static_cast<int64_t>(a.B) * heads, me);
-  for (int64_t unit = mine.begin; unit < mine.end; ++unit) {
-    const int slot = static_cast<int>(unit / heads), head = static_cast<int>(unit % heads);
-    float* values = projected + slot * rows + static_cast<int64_t>(head) * a.d;
-    const int64_t pos = a.rope.pos[slot];
-    if (head < a.H) {
-      norm_and_rotate(values, a.q_norm, a.rope, slot, a.d, a.eps);
-      float* q = a.q + (static_cast<int64_t>(slot) * a.H + head) * a.d;
-      for (int i = 0; i < a.d; ++i) q[i] = values[i];
-    } else if (head < a.H + a.G) {
-      norm_and_rotate(values, a.k_norm, a.rope, slot, a.d, a.eps);
-      write_cache(a.cache, a.cache.k, slot, head - a.H, pos, values, a.d);
-    } else {
-      write_cache(a.cache, a.cache.v, slot, head - a.H - a.G, pos, values, a.d);
     }
-  }
+  };
+  float* own = scratch + a.B * rows + me.thread * norm_scratch(a.B, a.D);
+  const Input in = norm_input(own, a.x, a.norm, a.eps, a.B, a.D, a.w, 3);
+  share_out(total, block, me, [&](Range streamed) {
+    int64_t offset = 0, first = 0;
+    for (const Matrix& w : a.w) {
+      const Range part = clip(streamed, offset, granules(w));
+      float* out = projected + first;
+      rows_dot(w, in, a.B, part, [&](int slot, int64_t row, float value) {
+        out[slot * rows + row] = w.bias ? value + w.bias[row] : value;
+      });
+      const Range made = rows_of(w, part);
+      for_heads_completed({first + made.begin, first + made.end}, a.d, me.made, finish);
+      offset += granules(w);
+      first += w.rows;
+    }
+  });
 }
 
 }  // namespace d3rt::cpu::D3RT_ISA

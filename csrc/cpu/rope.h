@@ -1,9 +1,22 @@
-// What norm_qkv_rope and kv_fill share once a head is projected: its norm and its rotation.
+// What norm_qkv_rope and kv_fill share: when a head is projected, and then its norm and its rotation.
 #pragma once
 
 #include "kv_line.h"
 
 namespace d3rt::cpu::D3RT_ISA {
+
+// These rows of a projection have just been made. Calls finish(head) for each of its heads of d rows that
+// this completes. made: [heads].
+template <class Finish>
+D3RT_INLINE void for_heads_completed(Range rows, int d, Made* made, const Finish& finish) {
+  for (int64_t begin = rows.begin; begin < rows.end;) {
+    const int64_t head = begin / d, end_of_head = (head + 1) * d;
+    const int64_t end = end_of_head < rows.end ? end_of_head : rows.end;
+    if (completes(made[head], static_cast<uint32_t>(end - begin), static_cast<uint32_t>(d)))
+      finish(static_cast<int>(head));
+    begin = end;
+  }
+}
 
 // In place: optional RMSNorm over the head (Qwen3), then the rotation by the slot's position.
 // RoPE (Su et al. 2021, arXiv 2104.09864) in HF's half-split layout: pair (j, j + d/2) turns by pos *

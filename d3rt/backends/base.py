@@ -133,7 +133,8 @@ class Loop(Protocol):
         """Starts a generation of len(programs) + 1 tokens a slot; programs[i - 1] is replayed at step i."""
 
     def wait(self, seconds: float) -> bool:
-        """Waits for the end; False when the time was over first. Raises what stopped the generation."""
+        """Waits for the end; False when the time was over first. Raises what stopped the generation, and what signal
+        handlers raise meanwhile."""
 
     def read(self, first_step: int, seconds: float) -> tuple[list[int], bool]:
         """Tokens [steps * B] from first_step on, and whether none will follow."""

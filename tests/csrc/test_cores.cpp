@@ -1,4 +1,5 @@
 // Cores: a thread leaves those that others have, and may run where it could before.
+#include <algorithm>
 #include <chrono>
 #include <thread>
 #include <vector>
@@ -107,6 +108,39 @@ TEST(cores, "a thread that waits for another of its pool on its own core leaves 
     }
     CHECK(job.parted >= 5);  // where others keep the cores busy, the system takes some of them back
   }).join();
+}
+
+TEST(cores, "of two threads that share a core one leaves, and then both stay") {
+  const auto before = allowed_cores();
+  if (before.size() < 2) return;
+  struct Job {
+    const std::vector<int>& all;
+    ThreadPool& pool;
+    int changes[2] = {0, 0};
+  };
+  int fewest = 1000;  // of 20 times: others move threads too
+  std::thread([&] {
+    ThreadPool pool(2);
+    for (int i = 0; i < 20; ++i) {
+      Job job{before, pool};
+      pool.run([](void* context, int, int) { stay_on({static_cast<Job*>(context)->all.front()}); }, &job);
+      pool.run(
+          [](void* context, int thread, int) {
+            Job& of = *static_cast<Job*>(context);
+            stay_on(of.all);
+            int last = current_core();
+            for (int barrier = 0; barrier < 200; ++barrier) {
+              of.pool.barrier(thread);
+              const int now = current_core();
+              of.changes[thread] += now != last;
+              last = now;
+            }
+          },
+          &job);
+      fewest = std::min(fewest, job.changes[0] + job.changes[1]);
+    }
+  }).join();
+  CHECK(fewest <= 2);
 }
 
 }  // namespace
