@@ -209,6 +209,7 @@ PYBIND11_MODULE(_C, m) {
       .def(py::init<std::shared_ptr<ThreadPool>, std::shared_ptr<TensorArena>, const std::string&>(),
            py::arg("pool"), py::arg("arena"), py::arg("isa") = "")
       .def("replay", &TensorTape::replay, py::call_guard<py::gil_scoped_release>())
+      .def("replay_after_torch", &TensorTape::replay_after_torch, py::call_guard<py::gil_scoped_release>())
       .def("__len__", &TensorTape::size)
       .def_property_readonly("ops",
                              [](const TensorTape& tape) {
@@ -372,8 +373,7 @@ PYBIND11_MODULE(_C, m) {
           py::kw_only(), py::arg("programs"), py::arg("eos_tokens"), py::arg("pad_token"),
           py::arg("sampling"), py::arg("seen"))
       .def(
-          "wait", [](Dispatcher& d, double seconds) { return wait_for_end(d, seconds); },
-          py::arg("seconds"))
+          "wait", [](Dispatcher& d, double seconds) { return wait_for_end(d, seconds); }, py::arg("seconds"))
       .def(
           "read",
           [](Dispatcher& d, size_t first_step, double seconds) {

@@ -1,5 +1,9 @@
 #include "tape.h"
 
+#include <condition_variable>
+#include <exception>
+#include <mutex>
+
 #include "openmp.h"
 
 namespace d3rt {
@@ -39,6 +43,36 @@ void Tape::replay() {
         }
       },
       this);
+}
+
+void Tape::replay_after_torch() {
+  struct Run {
+    Tape& tape;
+    std::mutex mutex;
+    std::condition_variable over;
+    bool is_over = false;
+    std::exception_ptr error;
+  } run{*this, {}, {}, false, nullptr};
+  const bool done = run_on_openmp(
+      [](void* context, int thread, int) {
+        Run& run = *static_cast<Run*>(context);
+        if (thread != 0) {
+          std::unique_lock<std::mutex> lock(run.mutex);
+          run.over.wait(lock, [&] { return run.is_over; });
+          return;
+        }
+        try {
+          run.tape.replay();
+        } catch (...) {  // none may leave the parallel region
+          run.error = std::current_exception();
+        }
+        std::lock_guard<std::mutex> lock(run.mutex);
+        run.is_over = true;
+        run.over.notify_all();
+      },
+      &run, 0);
+  if (!done) return replay();
+  if (run.error) std::rethrow_exception(run.error);
 }
 
 void Tape::replay_beside_torch() {

@@ -20,8 +20,11 @@ class Tape {
   // Runs every op in order on all threads of the pool. Throws InvalidArgument if token or pos is out of
   // range.
   void replay();
-  // The same on torch's OpenMP threads, if this process has some (openmp.h); for tapes whose scratch does not
-  // depend on the number of threads.
+  // The same for a caller who has just used torch: its OpenMP threads, which would spin on the cores for
+  // milliseconds, sleep meanwhile.
+  void replay_after_torch();
+  // The same as replay() on torch's OpenMP threads, if this process has some (openmp.h); for tapes whose
+  // scratch does not depend on the number of threads.
   void replay_beside_torch();
 
   size_t size() const { return nodes_.size(); }

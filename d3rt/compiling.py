@@ -11,11 +11,12 @@ from transformers import PreTrainedTokenizerBase
 
 from d3rt import storage
 from d3rt.backends import make_backend
+from d3rt.backends.base import MAX_BATCH_SIZE
 from d3rt.models.loading import open_model
 from d3rt.models.source import SharedModule
 from d3rt.policies import Policy
 from d3rt.quantize import Widths
-from d3rt.runtime import MAX_BATCH_SIZE, Runtime, checked_fill
+from d3rt.runtime import Runtime, checked_fill
 
 
 def compile(

@@ -28,6 +28,7 @@ from d3rt.kernels import reference
 from d3rt.kv_cache import KVCache
 from d3rt.models.decoder import Decoder, nbytes
 from d3rt.plan import LayerSet, Plan
+from d3rt.prefill import Prefill
 from d3rt.programs import ProgramInfo, Rows
 from d3rt.result import GenerationStats
 from d3rt.sampling import SamplingParams
@@ -35,7 +36,6 @@ from d3rt.sampling import SamplingParams
 if TYPE_CHECKING:
     from d3rt.session import Session
 
-PREFILL_CHUNK_TOKENS = 512
 # How long a wait inside C++ lasts before Python may look at signals.
 POLL_SECONDS = 0.05
 
@@ -52,6 +52,7 @@ class Engine:
         cache: KVCache,
     ):
         self.config, self.backend, self.decoder, self.rope, self.cache = config, backend, decoder, rope, cache
+        self.prefiller = Prefill(backend, decoder, rope, cache)
         self.last_run: GenerationStats | None = None
         self.tenant: weakref.ref[Session] | None = None  # the session whose K,V is in line 0 of the cache
         self._rows: dict[int, Rows] = {}
@@ -128,8 +129,8 @@ class Engine:
             self.cache.reset()
         with self.backend.scope():
             there = [prompt.to(self.backend.device) for prompt in prompts]
-            self.decoder.prefill(there, layers, self.cache, rows.buffers, PREFILL_CHUNK_TOKENS, starts)
-            rows.first_logits.replay()
+            self.prefiller.read(there, layers, rows.buffers, starts)
+            rows.first_logits.replay_after_torch()
 
     def prepare(
         self, rows: Rows, programs: Sequence[int], sampling: SamplingParams | None, eos_tokens: Sequence[int]
@@ -323,7 +324,10 @@ class Engine:
     def buffer_bytes(self) -> int:
         """Of RoPE tables, buffers, and what the recorded steps work in."""
         return (
-            nbytes(self.rope) + sum(rows.nbytes for rows in self._rows.values()) + self.backend.scratch_bytes
+            nbytes(self.rope)
+            + sum(rows.nbytes for rows in self._rows.values())
+            + self.prefiller.nbytes
+            + self.backend.scratch_bytes
         )
 
 

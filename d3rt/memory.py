@@ -38,11 +38,12 @@ class MemoryReport:
         return "\n".join(f"{label:<30} {size / 2**20:9.1f} MiB" for label, size in parts)
 
 
-def buffer_bytes(config: DecoderConfig, rows: int, max_seq_len: int) -> int:
-    """The buffers of `rows` slots, and the RoPE tables."""
+def buffer_bytes(config: DecoderConfig, rows: int, max_seq_len: int, prefill_slots: int) -> int:
+    """The buffers of `rows` slots, those of the slots of a prefill, which have a line but no logits, and the RoPE
+    tables."""
     c = config
-    slot = c.hidden_size + 2 * c.num_attention_heads * c.head_dim + c.intermediate_size + c.vocab_size + 2
-    return 4 * (rows * slot + max_seq_len * c.head_dim)
+    slot = c.hidden_size + 2 * c.num_attention_heads * c.head_dim + c.intermediate_size + 2
+    return 4 * (rows * (slot + c.vocab_size) + prefill_slots * (slot + 1) + max_seq_len * c.head_dim)
 
 
 def prefill_bytes(

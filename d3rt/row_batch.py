@@ -27,6 +27,7 @@ from d3rt.kernels import reference
 from d3rt.kv_cache import KVCache
 from d3rt.models.decoder import Decoder, StepBuffers
 from d3rt.plan import Action, Plan
+from d3rt.prefill import Prefill
 from d3rt.row_plans import by_layer
 
 # Combinations of plans whose recordings are at hand; finding them anew takes a fraction of a millisecond.
@@ -72,7 +73,6 @@ class RowBatch:
         cache_dtype: torch.dtype,
         plan: Callable[..., tuple[Request, Sequence[Plan]]],
         scope: Callable[[], AbstractContextManager],
-        chunk_tokens: int,
         join_every: int,
     ):
         """plan(prompt, policy, options): the checked request and the plan of each step; scope(): held while it
@@ -80,9 +80,10 @@ class RowBatch:
         self.capacity = rows
         self.join_every = join_every
         self._backend, self._decoder, self._rope = backend, decoder, rope
-        self._plan, self._scope, self._chunk_tokens = plan, scope, chunk_tokens
+        self._plan, self._scope = plan, scope
         with backend.scope():
             self._cache = KVCache(decoder.config, rows, max_seq_len, cache_dtype, backend.device)
+        self._prefill = Prefill(backend, decoder, rope, self._cache)
         self._free = list(range(rows))[::-1]
         self._active: list[Row] = []
         self._waiting: deque[Row] = deque()
@@ -188,8 +189,8 @@ class RowBatch:
                 prompt = torch.tensor(row.prompt, device=self._backend.device)
                 self._cache.truncate(line, 0)
                 layers = row.plans[0].layer_set
-                self._decoder.prefill([prompt], layers, self._cache, buf, self._chunk_tokens, None, [line])
-                self._program(1, "head").replay()
+                self._prefill.read([prompt], layers, buf, lines=[line])
+                self._program(1, "head").replay_after_torch()
                 row.logits = buf.logits[0].to("cpu", copy=True)
             row.line = line
             self._waiting.popleft()

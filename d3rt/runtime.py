@@ -17,10 +17,10 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from d3rt import storage
-from d3rt.backends.base import Needs
+from d3rt import prefill, storage
+from d3rt.backends.base import MAX_BATCH_SIZE, Needs
 from d3rt.detokenizer import Detokenizer
-from d3rt.engine import PREFILL_CHUNK_TOKENS, Engine
+from d3rt.engine import Engine
 from d3rt.errors import UnsupportedOptionError
 from d3rt.generation import Request, resolve
 from d3rt.kernels import kv_line
@@ -42,7 +42,6 @@ from d3rt.session import Session
 
 # A cache longer than this must be asked for: Llama-3's own limit of 131072 would be 17 GB.
 DEFAULT_MAX_SEQ_LEN = 8192
-MAX_BATCH_SIZE = 16
 
 
 def checked_fill(kv_fill: str) -> str:
@@ -118,7 +117,9 @@ class Runtime:
             weights=sum(width_bytes(shapes[name].shape, width) for name, width in widths.items()),
             kv_cache=2 * c.num_hidden_layers * self.batch_size * self.max_seq_len * line
             + self._hidden_bytes(),
-            buffers=buffer_bytes(c, self.batch_size, self.max_seq_len),
+            buffers=buffer_bytes(
+                c, self.batch_size, self.max_seq_len, MAX_BATCH_SIZE if self.backend.line_tables else 0
+            ),
             prefill=self._prefill_bytes(),
             early_exit=str(self.policy) if isinstance(self.policy, EarlyExit) else None,
             unpacked=max(
@@ -147,7 +148,7 @@ class Runtime:
         """At most, for one chunk; what the backend's products take comes on top (linear_bytes)."""
         return prefill_bytes(
             self.config,
-            min(PREFILL_CHUNK_TOKENS, self.batch_size * self.max_seq_len),
+            min(prefill.PREFILL_CHUNK_TOKENS, self.batch_size * self.max_seq_len),
             self.max_seq_len,
             self.widths.weights.itemsize if isinstance(self.widths.weights, torch.dtype) else 4,
             self.dtype.itemsize,
@@ -315,7 +316,6 @@ class Runtime:
             self.dtype,
             partial(self._row_plans, length),
             self.engine.exclusive,
-            PREFILL_CHUNK_TOKENS,
             join_every,
         )
 
@@ -434,6 +434,7 @@ class Runtime:
             sampling = SamplingParams(
                 do_sample=bool(defaults.do_sample), repetition_penalty=defaults.repetition_penalty or 1.0
             )
+            self.engine.prefiller.record(self.policy.prompt_set(self.config.num_hidden_layers))
             self.engine.prepare(kept, numbers, sampling, ())
         return sum(1 for _ in kept.recorded())
 

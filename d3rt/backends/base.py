@@ -18,6 +18,8 @@ from torch.nn import functional as F
 from d3rt.kernels.packing import PackedMatrix
 from d3rt.sampling import SamplingParams
 
+MAX_BATCH_SIZE = 16  # rows that one recorded step takes (kMaxBatch in csrc/ops.h)
+
 
 def typed_linear(x: Tensor, w: Tensor) -> Tensor:
     """x [T, K] float32 times w [N, K]^T in w's dtype, as Hugging Face multiplies; float32 [T, N]."""
@@ -164,6 +166,10 @@ class Backend(Protocol):
     line_tables: bool
     """Whether its ops take `lines`, by which rows have any line of the cache."""
 
+    def short_prompt(self, w: Tensor | PackedMatrix) -> int:
+        """Up to how many tokens of a prompt the recorded ops, a token a slot, are faster than `linear` for matrices of
+        such a kind and all that goes with it; 0: never. Asked only where there are line tables."""
+
     def admit(self, needs: Needs) -> None:
         """Refuses what cannot run here, before any work: BackendUnavailableError or UnsupportedOptionError."""
 
@@ -185,7 +191,10 @@ class Backend(Protocol):
         it, and without a float copy of the whole."""
 
     def record(self, step: Callable[[Any], None]) -> Any:
-        """Calls step(ops) once and returns a program whose replay() repeats it. ops: see d3rt.kernels.reference."""
+        """Calls step(ops) once and returns a program whose replay() repeats it. ops: see d3rt.kernels.reference.
+
+        replay_after_torch(): the same, for who has just used torch, whose threads may still keep the cores busy.
+        """
 
     def linear(self, x: Tensor, w: Tensor | PackedMatrix) -> Tensor:
         """x [T, K] float32 times w [N, K]^T, at once: the prefill's products. Float32 [T, N]."""

@@ -36,7 +36,11 @@ def gemm_dtypes(cpuinfo: str = "/proc/cpuinfo") -> set[torch.dtype]:
 # kernels have the processor's int8 dot products, which do four times as much as float32's.
 PACKED_TOKENS = 64
 _WITH_DOT_PRODUCTS = {"avx512", "avx512_bf16"}
-MOST_TOKENS = 512  # of one call of `linear`: the engine's PREFILL_CHUNK_TOKENS
+# Prompts of up to so many tokens are read by the ops of decode steps. Measured on two cores with AVX-512: on
+# SmolLM2-135M's shape twice as many are no slower so, at any width; on Llama-3.2-1B's these are where the two meet (256
+# tokens for bfloat16, 24 for int8, 48 for int4).
+SHORT_PROMPT, SHORT_PROMPT_PACKED = 128, 32
+MOST_TOKENS = 512  # of one call of `linear`: prefill.py's PREFILL_CHUNK_TOKENS
 _GEMM_FLAGS = {
     torch.bfloat16: {"amx_bf16", "avx512_bf16", "bf16"},
     torch.float16: {"amx_fp16", "avx512_fp16", "asimdhp"},
@@ -139,6 +143,11 @@ class CpuBackend:
         if self._dense_bytes.numel() < size * dtype.itemsize:
             self._dense_bytes = torch.empty(size * dtype.itemsize, dtype=torch.uint8)
         return self._dense_bytes[: size * dtype.itemsize].view(dtype).view(*shape)
+
+    def short_prompt(self, w: Tensor | PackedMatrix) -> int:
+        if native().selected_isa() == "scalar":
+            return 0
+        return SHORT_PROMPT_PACKED if isinstance(w, PackedMatrix) else SHORT_PROMPT
 
     def linear_bytes(self, w: Tensor | PackedMatrix) -> int:
         """A matrix that torch cannot multiply as it is gets dense for the time; or the tokens are quantised, with a

@@ -49,6 +49,8 @@ class CudaProgram:
         tape, _ = self._tape
         tape.launch(self._backend.stream)
 
+    replay_after_torch = replay
+
 
 class CudaBackend:
     """CUDA graphs of Triton kernels on one GPU. place: its stream (TorchStream); launcher: how the self-check launches

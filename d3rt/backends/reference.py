@@ -29,6 +29,8 @@ class ReferenceProgram:
     def replay(self) -> None:
         self._step(reference)
 
+    replay_after_torch = replay
+
 
 class ReferenceLoop:
     """The dispatcher's loop in Python; `read` and `wait` do the work when they are called."""
@@ -193,6 +195,10 @@ class ReferenceBackend:
 
     def linear(self, x: Tensor, w: Tensor | PackedMatrix) -> Tensor:
         return reference.linear(x, w) if isinstance(w, PackedMatrix) else typed_linear(x, w)
+
+    def short_prompt(self, w: Tensor | PackedMatrix) -> int:
+        """The products of whole prompts are the definition."""
+        return 0
 
     def linear_bytes(self, w: Tensor | PackedMatrix) -> int:
         """A packed matrix is made dense, and its activations are."""

@@ -8,7 +8,7 @@ What differs between families is in the weights (a bias or a head norm that is t
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 
@@ -25,6 +25,29 @@ from d3rt.kv_cache import KVCache
 from d3rt.plan import Action, LayerSet, Plan
 from d3rt.quantize import Matrix, tensors_of
 from d3rt.row_plans import LayerRows, Settle, by_layer
+
+Piece = tuple[int, int, int]  # of a prompt: its row, its first position, one past its last
+# run(prompts, pieces, layers, cache, lines, buf): the last hidden states [T, D] of the tokens of these pieces, end to
+# end, whose K,V it has written into the cache. The arguments are Decoder.prefill's.
+RunChunk = Callable[
+    [Sequence[Tensor], Sequence[Piece], LayerSet, KVCache, Sequence[int], "StepBuffers"], Tensor
+]
+
+
+def _chunks(prompts: Sequence[Tensor], starts: Sequence[int], chunk_tokens: int) -> Iterator[list[Piece]]:
+    """Cuts the prompts, from their starts on and packed end to end, into chunks of at most so many tokens."""
+    pieces, budget = [], chunk_tokens
+    for row, (prompt, start) in enumerate(zip(prompts, starts, strict=True)):
+        while start < len(prompt):
+            stop = min(len(prompt), start + budget)
+            pieces.append((row, start, stop))
+            budget -= stop - start
+            start = stop
+            if budget == 0:
+                yield pieces
+                pieces, budget = [], chunk_tokens
+    if pieces:
+        yield pieces
 
 
 @dataclass(frozen=True)
@@ -108,6 +131,7 @@ class StepBuffers:
         sin: Tensor,
         rows: int,
         line_table: bool = False,
+        with_logits: bool = True,
     ):
         c = config
         self.rows = rows
@@ -119,7 +143,7 @@ class StepBuffers:
         self.attended = zeros(c.num_attention_heads, c.head_dim)
         self.attended_flat = self.attended.view(rows, -1)
         self.h = zeros(c.intermediate_size)
-        self.logits = zeros(c.vocab_size)
+        self.logits = zeros(c.vocab_size if with_logits else 0)
         self.lines = torch.zeros_like(self.token) if line_table else None
         self._all = slice(0, rows)
         of_cache = slice(None) if line_table else self._all
@@ -160,14 +184,16 @@ class StepBuffers:
 
     def tensors(self) -> list[Tensor]:
         """Every buffer, for a backend that wants to know its static memory."""
-        own = [self.token, self.pos, self.x, self.q, self.attended, self.attended_flat, self.h, self.logits]
+        own = [self.token, self.pos, self.x, self.q, self.attended, self.attended_flat, self.h]
+        logits = [self.logits] if self.logits.numel() else []
         table = [] if self.lines is None else [self.lines]
-        return [*own, *table, self.filled, self.cos, self.sin, *self.k, *self.v]
+        return [*own, *logits, *table, self.filled, self.cos, self.sin, *self.k, *self.v]
 
     @property
     def nbytes(self) -> int:
         """Bytes of the buffers that are this object's own: not the cache, not the RoPE tables."""
-        return nbytes([self.token, self.pos, self.x, self.q, self.attended, self.h, self.logits])
+        table = [] if self.lines is None else [self.lines]
+        return nbytes([self.token, self.pos, self.x, self.q, self.attended, self.h, self.logits, *table])
 
 
 class Decoder:
@@ -263,9 +289,11 @@ class Decoder:
         chunk_tokens: int,
         starts: Sequence[int] | None = None,
         lines: Sequence[int] | None = None,
+        run_chunk: RunChunk | None = None,
     ) -> None:
         """Runs prompts[row] (int64 [T_row], where the cache is) through `layers` into line lines[row] of the cache,
-        from position starts[row] (0) on; line `row` where none is given.
+        from position starts[row] (0) on; line `row` where none is given. run_chunk: by what; by matrix products
+        (run_chunk of this class) where none is given.
 
         What is before must be there in every one of the layers, else HoleError. Leaves the last token's hidden state of
         each row in buf.x, its position in buf.pos, and the filled lengths in the cache. Tokens of all rows are packed
@@ -273,30 +301,24 @@ class Decoder:
         """
         starts = [0] * len(prompts) if starts is None else starts
         lines = range(len(prompts)) if lines is None else lines
+        run_chunk = run_chunk or self.run_chunk
         for line, start in zip(lines, starts, strict=True):
             cache.extend(
                 line, start, start, layers.attention_layers
             )  # nothing is left of what is written over
-        pieces: list[tuple[int, int, int]] = []  # row, first position, one past the last
-        budget = chunk_tokens
         with torch.inference_mode():
-            for row, prompt in enumerate(prompts):
-                start = starts[row]
-                while start < len(prompt):
-                    stop = min(len(prompt), start + budget)
-                    pieces.append((row, start, stop))
-                    budget -= stop - start
-                    start = stop
-                    if budget == 0:
-                        self._prefill_chunk(prompts, pieces, layers, cache, lines, buf)
-                        pieces, budget = [], chunk_tokens
-            if pieces:
-                self._prefill_chunk(prompts, pieces, layers, cache, lines, buf)
+            for pieces in _chunks(prompts, starts, chunk_tokens):
+                x, at = run_chunk(prompts, pieces, layers, cache, lines, buf), 0
+                for row, start, stop in pieces:
+                    at += stop - start
+                    if stop == len(prompts[row]):
+                        buf.x[row] = x[at - 1]
             for row, prompt in enumerate(prompts):
                 buf.pos[row].fill_(len(prompt) - 1)  # an assignment would copy it from host memory
                 cache.extend(lines[row], starts[row], len(prompt), layers.attention_layers)
 
-    def _prefill_chunk(self, prompts, pieces, layers: LayerSet, cache: KVCache, lines, buf) -> None:
+    def run_chunk(self, prompts, pieces: Sequence[Piece], layers, cache, lines, buf) -> Tensor:
+        """A RunChunk of matrix products, those of torch and of the backend."""
         c, w = self.config, self.weights
         tokens = torch.cat([prompts[row][start:stop] for row, start, stop in pieces])
         positions = torch.cat([torch.arange(start, stop, device=tokens.device) for _, start, stop in pieces])
@@ -323,11 +345,7 @@ class Decoder:
                 n = rms_norm(x, lw.mlp_norm, c.rms_norm_eps)
                 gate = F.silu(self._linear(n, lw.w_gate, lw.b_gate)).mul_(self._linear(n, lw.w_up, lw.b_up))
                 x = x + self._linear(gate, lw.w_down, lw.b_down)
-        at = 0
-        for row, start, stop in pieces:
-            at += stop - start
-            if stop == len(prompts[row]):
-                buf.x[row] = x[at - 1]
+        return x
 
     def _keys_values(self, n: Tensor, lw: LayerWeights, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
         """K and V [T, G, d] of normed hidden states n [T, D], K rotated by cos and sin [T, 1, d/2]."""

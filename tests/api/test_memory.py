@@ -17,6 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import d3rt
 from d3rt.backends.cpu import CpuBackend
 from d3rt.models.decoder import nbytes
+from d3rt.plan import LayerSet
 
 TESTS = Path(__file__).resolve().parents[1]
 NORMS = 4 * 64 * (2 * 5 + 1)  # float32, two for each layer and the last
@@ -308,4 +309,6 @@ def test_a_backend_is_told_beforehand_what_it_will_be_asked_for(monkeypatch, opt
     assert needs.weight_dtypes == dtypes and needs.cache_dtype == fast.engine.cache.k.dtype
     assert needs.weights == nbytes(fast.engine.decoder.weights.tensors())
     assert needs.kv_cache == fast.memory().kv_cache
-    assert needs.buffers == nbytes(fast.engine.rope) + fast.engine.for_rows(3).buffers.nbytes
+    fast.engine.for_rows(3)
+    fast.engine.prefiller.record(LayerSet.full(fast.config.num_hidden_layers))
+    assert needs.buffers == fast.memory().buffers - fast.backend.scratch_bytes

@@ -14,10 +14,10 @@ from packed_cases import CASES, RANGES, WIDTHS, outputs, packed_arguments, parts
 
 from d3rt import _C
 from d3rt.backends.cpu import MOST_TOKENS, PACKED_TOKENS, CpuBackend, gemm_dtypes
-from d3rt.engine import PREFILL_CHUNK_TOKENS
 from d3rt.kernels import cases, reference
 from d3rt.kernels.cases import Case
 from d3rt.kernels.packing import FORMATS, GROUP, pack, pack_codes, quantise_activations
+from d3rt.prefill import PREFILL_CHUNK_TOKENS
 from d3rt.quantize import empty_packed
 
 EPS = torch.finfo(torch.float32).eps

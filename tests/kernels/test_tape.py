@@ -252,9 +252,10 @@ def test_what_was_refused_is_not_recorded():
 # -- replay ------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("replay", ["replay", "replay_after_torch"])
 @pytest.mark.parametrize("op", ["embed", "norm_qkv_rope", "attention", "kv_fill"])
 @pytest.mark.parametrize("bad", [-1, "limit", 2**31 - 1, -(2**31)])
-def test_an_index_out_of_range_stops_the_replay_before_anything_is_written(op, bad):
+def test_an_index_out_of_range_stops_the_replay_before_anything_is_written(op, bad, replay):
     case = BY_OP[op]
     index, limit = ("token", 7) if op == "embed" else ("pos", 5)
     bad = limit if bad == "limit" else bad
@@ -275,11 +276,11 @@ def test_an_index_out_of_range_stops_the_replay_before_anything_is_written(op, b
         with pytest.raises(
             ValueError, match=rf"{op}: {index}\[{slot}\] is {bad}, but must be in 0..{limit - 1}"
         ):
-            tape.replay()
+            getattr(tape, replay)()
         after = [native_ops.storage_bits(tensor) for tensor in everything]
         assert all(map(torch.equal, before, after))
         arguments[index][slot] = good
-    tape.replay()
+    getattr(tape, replay)()
     expected = cases.make(case)
     native_ops.run_native(case, expected)
     for name, tensor in cases.outputs(case, arguments).items():
@@ -342,6 +343,8 @@ def test_ops_run_in_the_order_they_were_recorded():
         doubling.proj_add(x=x, a=x, w=one, bias=None)
     doubling.replay()
     assert x.item() == 2.0**20
+    doubling.replay_after_torch()
+    assert x.item() == 2.0**40
 
 
 def test_a_part_of_an_owned_tensor_is_owned_and_a_larger_view_is_not():

@@ -11,7 +11,8 @@ import tiny_models
 import torch
 
 import d3rt
-from d3rt import engine
+from d3rt import prefill
+from d3rt.backends.cpu import CpuBackend
 from d3rt.kernels import kv_line
 from d3rt.plan import LayerSet
 
@@ -66,14 +67,17 @@ def test_cpu_and_reference_answer_alike(name):
 @pytest.mark.parametrize("chunk", [1, 3, 7, 24])
 @pytest.mark.parametrize("name", ["llama-biases", "mistral-window", "qwen2-window", "qwen3-window"])
 def test_a_prompt_read_in_chunks_answers_as_one_read_at_once(name, chunk, monkeypatch):
-    floats, at_once = forced_logits(name)[0], int8_logits(name)[0]
-    monkeypatch.setattr(engine, "PREFILL_CHUNK_TOKENS", chunk)
+    floats, at_once = forced_logits(name)[0], int8_logits(name)[0]  # by the ops of decode steps
+    monkeypatch.setattr(CpuBackend, "short_prompt", lambda backend, w: 0)
+    monkeypatch.setattr(prefill, "PREFILL_CHUNK_TOKENS", chunk)
     assert rms(int8_logits(name)[0] - at_once) <= CLOSE * rms(at_once - floats)
 
 
+@pytest.mark.parametrize("short", [0, 128])
 @pytest.mark.parametrize("name", ["llama", "qwen2-window"])
-def test_decode_steps_read_what_the_prefill_read(name):
+def test_decode_steps_read_what_the_prefill_read(name, short, monkeypatch):
     """A prompt in the prefill, and the same prompt token by token through decode steps."""
+    monkeypatch.setattr(CpuBackend, "short_prompt", lambda backend, w: short)
     prompt = tiny_models.prompt(30)
     logits = {}
     for kept in ("float32", "int8"):

@@ -280,14 +280,14 @@ def test_a_turn_whose_prefill_raises_leaves_the_conversation_as_it_was(kv_fill, 
     fast = runtime(kv_fill)
     session, straight = fast.session(), fast.session()
     say(session, 0), say(straight, 0)
-    before, chunk = state(session), fast.engine.decoder._prefill_chunk
+    before, chunk = state(session), fast.engine.prefiller._run_slots
     with monkeypatch.context() as patch:
 
         def half(prompts, pieces, *more):
             chunk(prompts, pieces, *more)
             raise Stops
 
-        patch.setattr(fast.engine.decoder, "_prefill_chunk", half)
+        patch.setattr(fast.engine.prefiller, "_run_slots", half)
         with pytest.raises(Stops):
             say(session, 1)
     assert state(session) == before
