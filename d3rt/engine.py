@@ -227,14 +227,17 @@ class Engine:
         ran = rows.ran(plans[: len(step_seconds)])
         if not ran:
             return
-        rows.replays.update(ran[1:])
         layers = self.config.num_hidden_layers
         head = nbytes([self.decoder.weights.lm_head, self.decoder.weights.norm])
-        told = {}  # of each plan once: there may be thousands of steps
-        for plan in set(ran):
+        # Of each plan once, known by its identity: there may be thousands of steps.
+        distinct, steps = {id(plan): plan for plan in ran}, list(map(id, ran))
+        for key, times in Counter(steps[1:]).items():
+            rows.replays[distinct[key]] += times
+        told = {}
+        for key, plan in distinct.items():
             layer_set = plan.layer_set
-            told[plan] = layer_set.depth, str(layer_set), rows.weight_bytes(plan)
-        depths, texts, weight_bytes = zip(*(told[plan] for plan in ran), strict=True)
+            told[key] = layer_set.depth, str(layer_set), rows.weight_bytes(plan)
+        depths, texts, weight_bytes = zip(*map(told.__getitem__, steps), strict=True)
         lengths = [len(prompt) for prompt in request.prompts]
         self.last_run = GenerationStats(
             num_layers=layers,
@@ -255,20 +258,24 @@ class Engine:
         c = self.config
         cache = self.cache.k
         line = 2 * c.num_key_value_heads * cache.shape[-1] * cache.element_size()
+        distinct = {id(plan): plan for plan in ran}
         windows = {
-            plan: tuple(
-                Counter(c.sliding_windows[layer] for layer in plan.layer_set.attention_layers).items()
-            )
-            for plan in set(ran)
+            key: tuple(Counter(c.sliding_windows[layer] for layer in plan.layer_set.attention_layers).items())
+            for key, plan in distinct.items()
         }
-        most = [(length, end + 1) for length, end in zip(lengths, ends, strict=True)]
-        for step, plan in enumerate(ran, 1):
-            total = 0
-            for window, count in windows[plan]:
-                for length, end in most:
-                    positions = min(length + step, end)
-                    total += count * (min(positions, window) if window else positions)
-            yield line * total
+        # Positions of all rows at each step, as each window sees them.
+        seen: dict[int, list[int]] = {}
+        for window in {window for counts in windows.values() for window, _ in counts}:
+            rows = [
+                [
+                    min(position, end + 1, window or position)
+                    for position in range(length + 1, length + 1 + len(ran))
+                ]
+                for length, end in zip(lengths, ends, strict=True)
+            ]
+            seen[window] = rows[0] if len(rows) == 1 else list(map(sum, zip(*rows, strict=True)))
+        for step, plan in enumerate(ran):
+            yield line * sum(count * seen[window][step] for window, count in windows[id(plan)])
 
     def forced(self, prompts: Sequence[Tensor], tokens: Tensor, plans: Sequence[Plan]) -> Iterator[Tensor]:
         """Yields the logits float32 [B, V], in host memory, from which step i would choose, for each i; it chooses

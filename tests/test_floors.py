@@ -32,6 +32,7 @@ FLOORS = {
         "d3rt.detokenizer",
         "d3rt.nodes",
         "d3rt.ladder",
+        "d3rt.prefill",
         "d3rt.programs",
         "d3rt.storage",
         "d3rt.cached_sequence",

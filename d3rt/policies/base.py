@@ -291,11 +291,14 @@ class Schedule:
         known: dict[tuple[LayerSet, int], Plan] = {}
         plans = []
         # Backwards, so that what later steps attend to is known when a step is reached.
+        last, last_fill, plan = None, 0, None
         for layer_set in reversed(self.sets[1:]):
-            key = layer_set, wanted & ~layer_set.attention
-            if key not in known:
-                known[key] = _plan(layer_set, key[1], kept)
-            plans.append(known[key])
+            fill = wanted & ~layer_set.attention
+            if layer_set is not last or fill != last_fill:  # most steps are like the one after them
+                last, last_fill = layer_set, fill
+                plan = known.get((layer_set, fill)) or _plan(layer_set, fill, kept)
+                known[layer_set, fill] = plan
+            plans.append(plan)
             wanted |= layer_set.attention
         first = self.prompt_set, 0
         plans.append(known[first] if first in known else Plan.of(self.prompt_set))
