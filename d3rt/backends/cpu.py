@@ -38,8 +38,9 @@ PACKED_TOKENS = 64
 _WITH_DOT_PRODUCTS = {"avx512", "avx512_bf16"}
 # Prompts of up to so many tokens are read by the ops of decode steps. Measured on two cores with AVX-512: on
 # SmolLM2-135M's shape twice as many are no slower so, at any width; on Llama-3.2-1B's these are where the two meet (256
-# tokens for bfloat16, 24 for int8, 48 for int4).
-SHORT_PROMPT, SHORT_PROMPT_PACKED = 128, 32
+# tokens for bfloat16, 24 for int8, 48 for int4). Weights that products would first have to widen to float32 (float16 on
+# most processors) are faster so at any length that was measured, 1.2-1.3x at 512 and 768 tokens.
+SHORT_PROMPT, SHORT_PROMPT_WIDENED, SHORT_PROMPT_PACKED = 128, 768, 32
 MOST_TOKENS = 512  # of one call of `linear`: prefill.py's PREFILL_CHUNK_TOKENS
 _GEMM_FLAGS = {
     torch.bfloat16: {"amx_bf16", "avx512_bf16", "bf16"},
@@ -147,7 +148,9 @@ class CpuBackend:
     def short_prompt(self, w: Tensor | PackedMatrix) -> int:
         if native().selected_isa() == "scalar":
             return 0
-        return SHORT_PROMPT_PACKED if isinstance(w, PackedMatrix) else SHORT_PROMPT
+        if isinstance(w, PackedMatrix):
+            return SHORT_PROMPT_PACKED
+        return SHORT_PROMPT if w.dtype in self._gemm_dtypes else SHORT_PROMPT_WIDENED
 
     def linear_bytes(self, w: Tensor | PackedMatrix) -> int:
         """A matrix that torch cannot multiply as it is gets dense for the time; or the tokens are quantised, with a

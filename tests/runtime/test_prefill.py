@@ -9,6 +9,7 @@ import torch
 
 import d3rt
 from d3rt import prefill
+from d3rt.backends import cpu
 from d3rt.backends.cpu import CpuBackend
 from d3rt.kernels import kv_line
 from d3rt.models.decoder import Decoder
@@ -140,6 +141,13 @@ def test_a_prompt_is_short_up_to_32_tokens_where_weights_are_packed(weights, way
     for tokens in (32, 33):
         fast.generate(torch.tensor(tiny_models.ragged([tokens])), max_new_tokens=1)
     assert ways == ["slots", "slots", "products"]
+
+
+@pytest.mark.parametrize(("dtype", "tokens"), [("fp32", 128), ("bf16", 128), ("fp16", 768)])
+def test_longer_prompts_are_short_where_products_would_widen_the_weights(dtype, tokens, monkeypatch):
+    monkeypatch.setattr(cpu, "gemm_dtypes", lambda: frozenset({torch.float32, torch.bfloat16}))
+    model = tiny_models.fresh("llama", **tiny_models.PACKABLE)
+    assert d3rt.compile(model, weights=dtype, threads=1, backend="cpu").engine.prefiller.short == tokens
 
 
 def test_no_prompt_is_short_where_kernels_are_scalar(monkeypatch, ways):
