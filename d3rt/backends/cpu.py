@@ -36,11 +36,13 @@ def gemm_dtypes(cpuinfo: str = "/proc/cpuinfo") -> set[torch.dtype]:
 # kernels have the processor's int8 dot products, which do four times as much as float32's.
 PACKED_TOKENS = 64
 _WITH_DOT_PRODUCTS = {"avx512", "avx512_bf16"}
-# Prompts of up to so many tokens are read by the ops of decode steps. Measured on two cores with AVX-512: on
-# SmolLM2-135M's shape twice as many are no slower so, at any width; on Llama-3.2-1B's these are where the two meet (256
-# tokens for bfloat16, 24 for int8, 48 for int4). Weights that products would first have to widen to float32 (float16 on
-# most processors) are faster so at any length that was measured, 1.2-1.3x at 512 and 768 tokens.
-SHORT_PROMPT, SHORT_PROMPT_WIDENED, SHORT_PROMPT_PACKED = 128, 768, 32
+# Prompts of up to so many tokens are read by the ops of decode steps. Measured on two cores with AVX-512, on the shapes
+# of SmolLM2-135M and Llama-3.2-1B. Float32 and bfloat16: where the two ways meet, if not later. Packed: on the smaller
+# one 256 tokens are no slower so; on the larger they meet at 24 for int8, 48 for int4. The longest that was measured,
+# and 1.2-1.3x as fast so: weights that products would first widen to float32 (float16 on most processors), and
+# bfloat16 matrices as small as SmolLM2's, with which torch's products lose more than they gain.
+SHORT_PROMPT, SHORT_PROMPT_PACKED, SHORT_PROMPT_LONGEST = 128, 32, 768
+SMALL_MATRIX = 2**20  # elements
 MOST_TOKENS = 512  # of one call of `linear`: prefill.py's PREFILL_CHUNK_TOKENS
 _GEMM_FLAGS = {
     torch.bfloat16: {"amx_bf16", "avx512_bf16", "bf16"},
@@ -150,7 +152,9 @@ class CpuBackend:
             return 0
         if isinstance(w, PackedMatrix):
             return SHORT_PROMPT_PACKED
-        return SHORT_PROMPT if w.dtype in self._gemm_dtypes else SHORT_PROMPT_WIDENED
+        widened = w.dtype not in self._gemm_dtypes
+        small = w.dtype == torch.bfloat16 and w.numel() <= SMALL_MATRIX
+        return SHORT_PROMPT_LONGEST if widened or small else SHORT_PROMPT
 
     def linear_bytes(self, w: Tensor | PackedMatrix) -> int:
         """A matrix that torch cannot multiply as it is gets dense for the time; or the tokens are quantised, with a

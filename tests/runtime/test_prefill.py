@@ -143,11 +143,19 @@ def test_a_prompt_is_short_up_to_32_tokens_where_weights_are_packed(weights, way
     assert ways == ["slots", "slots", "products"]
 
 
-@pytest.mark.parametrize(("dtype", "tokens"), [("fp32", 128), ("bf16", 128), ("fp16", 768)])
-def test_longer_prompts_are_short_where_products_would_widen_the_weights(dtype, tokens, monkeypatch):
-    monkeypatch.setattr(cpu, "gemm_dtypes", lambda: frozenset({torch.float32, torch.bfloat16}))
-    model = tiny_models.fresh("llama", **tiny_models.PACKABLE)
-    assert d3rt.compile(model, weights=dtype, threads=1, backend="cpu").engine.prefiller.short == tokens
+@pytest.mark.parametrize(
+    ("dtype", "rows", "tokens"),
+    [
+        (torch.float32, 64, 128),
+        (torch.bfloat16, 1024, 768),
+        (torch.bfloat16, 1025, 128),
+        (torch.float16, 4096, 768),
+    ],
+)
+def test_longer_prompts_are_short_where_products_are_slow(dtype, rows, tokens, monkeypatch):
+    """Where they would widen the weights, and for small matrices of bfloat16."""
+    monkeypatch.setattr(cpu, "gemm_dtypes", lambda: {torch.float32, torch.bfloat16})
+    assert CpuBackend(1).short_prompt(torch.empty(rows, 1024, dtype=dtype, device="meta")) == tokens
 
 
 def test_no_prompt_is_short_where_kernels_are_scalar(monkeypatch, ways):
