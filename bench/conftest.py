@@ -1,7 +1,7 @@
 """What the benchmarks share: the bandwidth that each is held against, and the line that says what ran where.
 
-`make bench` (pytest bench/ --benchmark-only) takes some seven minutes; `--every-shape` times the large models' shapes at
-every batch size too. Nothing here asserts a time. Each result stands alone: its extra_info has bytes, GB/s, the
+`make bench` (pytest bench/ --benchmark-only) takes some seven minutes; `--every-shape` times the large models' shapes
+at every batch size too. Nothing here asserts a time. Each result stands alone: its extra_info has bytes, GB/s, the
 machine's bandwidth read just before and just after, and the share of it.
 """
 
