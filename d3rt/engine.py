@@ -36,7 +36,7 @@ from d3rt.sampling import SamplingParams
 if TYPE_CHECKING:
     from d3rt.session import Session
 
-# How long a wait inside C++ lasts before Python may look at signals.
+# How long a read of tokens waits inside C++ before Python may look at signals.
 POLL_SECONDS = 0.05
 
 

@@ -8,7 +8,7 @@
 namespace d3rt::cpu::D3RT_ISA {
 
 static void kv_fill(const KvFillArgs& a, float* scratch, int phase, const Worker& me) {
-  const int64_t half = static_cast<int64_t>(a.G) * a.d, rows = 2 * half;
+  const int64_t rows = 2 * static_cast<int64_t>(a.G) * a.d;
   const int heads = 2 * a.G;
   int64_t total = 0;
   for (int layer = 0; layer < a.num_layers; ++layer)
@@ -37,18 +37,7 @@ static void kv_fill(const KvFillArgs& a, float* scratch, int phase, const Worker
                     a.rope.pos[slot], values, a.d);
       }
     };
-    int64_t at = 0, first = 0;
-    for (const Matrix& w : fill.w) {
-      const Range part = clip(streamed, at, granules(w));
-      float* out = projected + first;
-      rows_dot(w, in, a.B, part, [&](int slot, int64_t row, float value) {
-        out[slot * rows + row] = w.bias ? value + w.bias[row] : value;
-      });
-      const Range made = rows_of(w, part);
-      for_heads_completed({first + made.begin, first + made.end}, a.d, me.made + layer * heads, finish);
-      at += granules(w);
-      first += half;
-    }
+    project_heads(fill.w, 2, in, a.B, streamed, projected, a.d, me.made + layer * heads, finish);
   }
 }
 

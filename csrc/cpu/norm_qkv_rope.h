@@ -33,18 +33,7 @@ static void norm_qkv_rope(const NormQkvRopeArgs& a, float* scratch, int phase, c
   float* own = scratch + a.B * rows + me.thread * norm_scratch(a.B, a.D);
   const Input in = norm_input(own, a.x, a.norm, a.eps, a.B, a.D, a.w, 3);
   share_out(total, block, me, [&](Range streamed) {
-    int64_t offset = 0, first = 0;
-    for (const Matrix& w : a.w) {
-      const Range part = clip(streamed, offset, granules(w));
-      float* out = projected + first;
-      rows_dot(w, in, a.B, part, [&](int slot, int64_t row, float value) {
-        out[slot * rows + row] = w.bias ? value + w.bias[row] : value;
-      });
-      const Range made = rows_of(w, part);
-      for_heads_completed({first + made.begin, first + made.end}, a.d, me.made, finish);
-      offset += granules(w);
-      first += w.rows;
-    }
+    project_heads(a.w, 3, in, a.B, streamed, projected, a.d, me.made, finish);
   });
 }
 

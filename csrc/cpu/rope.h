@@ -18,6 +18,26 @@ D3RT_INLINE void for_heads_completed(Range rows, int d, Made* made, const Finish
   }
 }
 
+// Projects these granules of `count` matrices laid end to end into out [B, rows of all], and calls
+// finish(head) for each head that is then whole.
+template <class Finish>
+D3RT_INLINE void project_heads(const Matrix* matrices, int count, const Input& in, int B, Range streamed,
+                               float* out, int d, Made* made, const Finish& finish) {
+  int64_t rows = 0, offset = 0, first = 0;
+  for (int i = 0; i < count; ++i) rows += matrices[i].rows;
+  for (int i = 0; i < count; ++i) {
+    const Matrix& w = matrices[i];
+    const Range part = clip(streamed, offset, granules(w));
+    rows_dot(w, in, B, part, [&](int slot, int64_t row, float value) {
+      out[slot * rows + first + row] = w.bias ? value + w.bias[row] : value;
+    });
+    const Range done = rows_of(w, part);
+    for_heads_completed({first + done.begin, first + done.end}, d, made, finish);
+    offset += granules(w);
+    first += w.rows;
+  }
+}
+
 // In place: optional RMSNorm over the head (Qwen3), then the rotation by the slot's position.
 // RoPE (Su et al. 2021, arXiv 2104.09864) in HF's half-split layout: pair (j, j + d/2) turns by pos *
 // inv_freq[j].

@@ -1,7 +1,8 @@
 """Decoder: the one decoder of every family: its weights, one decode step, and the prefill.
 
-`decode_step` is written once over the fused ops: a backend runs them at once or records them. `prefill` is
-compute-bound and belongs to the library: torch's GEMM and SDPA, writing K,V straight into our cache.
+`decode_step` is written once over the fused ops: a backend runs them at once or records them. `prefill` is, for long
+prompts, compute-bound and belongs to the library: torch's GEMM and SDPA, writing K,V straight into our cache.
+prefill.py says which prompts are read otherwise.
 What differs between families is in the weights (a bias or a head norm that is there or not) and in the config.
 """
 
