@@ -39,7 +39,7 @@ _WITH_DOT_PRODUCTS = {"avx512", "avx512_bf16"}
 # Prompts of up to so many tokens are read by the ops of decode steps. Measured on two cores with AVX-512, on the shapes
 # of SmolLM2-135M and Llama-3.2-1B. Float32 and bfloat16: where the two ways meet, if not later. Packed: on the smaller
 # one 256 tokens are no slower so; on the larger they meet at 24 for int8, 48 for int4. The longest that was measured,
-# and 1.2-1.3x as fast so: weights that products would first widen to float32 (float16 on most processors), and
+# and 1.1-1.3x as fast so: weights that products would first widen to float32 (float16 on most processors), and
 # bfloat16 matrices as small as SmolLM2's, with which torch's products lose more than they gain. Held to AVX2, d3rt and
 # torch alike, float32 meets at about 100 tokens, the others later than here.
 SHORT_PROMPT, SHORT_PROMPT_PACKED, SHORT_PROMPT_LONGEST = 128, 32, 768
